@@ -1,0 +1,216 @@
+"""What the parts say to each other: requests, records, messages, and the identity of an export.
+
+Everything here is frozen; a change is a new copy. How a record may change is `dispatcher.lifecycle`.
+"""
+
+import hashlib
+import re
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
+
+JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
+"""A job id becomes a file name, a document id and a command argument; `..` is refused besides."""
+
+QUANTIZATIONS = (
+    *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s"),
+    *("q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "iq4_nl", "iq4_xs", "q4_0", "q5_0"),
+)
+DEFAULT_QUANTIZATION = "q8_0"
+SCHEMA_VERSION = 1
+
+
+class ExportType(StrEnum):
+    ADAPTER = "adapter"
+    MERGED = "merged"
+    GGUF = "gguf"
+
+
+class State(StrEnum):
+    QUEUED = "queued"
+    STARTING = "starting"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+UNFINISHED = frozenset({State.QUEUED, State.STARTING, State.RUNNING})
+RESULT_FIELD = {
+    ExportType.ADAPTER: "adapter_path",
+    ExportType.MERGED: "merged_path",
+    ExportType.GGUF: "gguf_path",
+}
+"""The field of the answer, and of the training job, that holds an export's result."""
+
+
+def is_job_id(text: str) -> bool:
+    """Whether `text` has the form of a job id: `JOB_ID_PATTERN` without `..`."""
+    return re.fullmatch(JOB_ID_PATTERN, text) is not None and ".." not in text and not text.endswith("\n")
+
+
+def is_export_id(text: str) -> bool:
+    """Whether `text` is a job id followed by a type this contract knows."""
+    job_id, dot, kind = text.rpartition(".")
+    if dot and kind in (ExportType.ADAPTER, ExportType.MERGED):
+        return is_job_id(job_id)
+    job_id, dot, kind = job_id.rpartition(".")
+    return bool(dot) and kind == ExportType.GGUF and text.endswith(QUANTIZATIONS) and is_job_id(job_id)
+
+
+def export_id_of(job_id: str, export_type: ExportType, quantization: str | None) -> str:
+    """The deterministic id of an export: `{job_id}.adapter`, `.merged`, or `.gguf.{quantization}`."""
+    if export_type is ExportType.GGUF:
+        return f"{job_id}.gguf.{quantization or DEFAULT_QUANTIZATION}"
+    return f"{job_id}.{export_type}"
+
+
+def fingerprint_of(files: list[tuple[str, int, str]]) -> str:
+    """The adapter's fingerprint: sha256 over its sorted (name, size in bytes, crc32c in base64)."""
+    lines = "".join(f"{name}\t{size}\t{crc32c}\n" for name, size, crc32c in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+class Frozen(BaseModel):
+    """Base of what we write ourselves: immutable, and strict about its fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+JobId = Annotated[str, StringConstraints(pattern=JOB_ID_PATTERN)]
+
+
+class ExportRequest(Frozen):
+    """The body of `POST /export`."""
+
+    job_id: Annotated[str, Field(strict=True)]
+    export_type: ExportType
+    hf_token: SecretStr | None = None
+    quantization: Literal[QUANTIZATIONS] | None = None  # type: ignore[valid-type]  # one list, used as type and data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not is_job_id(self.job_id):
+            raise ValueError(f"job_id must match {JOB_ID_PATTERN} and hold no '..'")
+        if self.quantization is not None and self.export_type is not ExportType.GGUF:
+            raise ValueError(f"quantization goes with export_type gguf only, not {self.export_type.value}")
+        if self.hf_token is not None and not re.fullmatch(r"[!-~]{1,512}", self.hf_token.get_secret_value()):
+            raise ValueError("hf_token must be 1 to 512 printable characters without spaces")
+        return self
+
+    @property
+    def export_id(self) -> str:
+        return export_id_of(self.job_id, self.export_type, self.quantization)
+
+
+class TrainingJob(BaseModel):
+    """What we read of `training_jobs/{job_id}`; the document belongs to the training service."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    job_id: str
+    user_id: str
+    status: str
+    base_model_id: str
+    base_model_revision: str | None = None
+    provider: Literal["unsloth", "huggingface"] = "huggingface"
+    adapter_path: str | None = None
+
+    @classmethod
+    def from_document(cls, job_id: str, document: dict[str, Any]) -> Self:
+        """Read a document of the training service.
+
+        The adapter lies at `artifacts.raw.adapter` or, in older documents, at `adapter_path`; without a
+        `provider`, an `unsloth/` prefix of the base model means unsloth.
+
+        Raises:
+            pydantic.ValidationError: A field that an export needs is missing or of the wrong type.
+        """
+        fields = dict(document, job_id=job_id)
+        raw = document.get("artifacts", {})
+        raw = raw.get("raw", {}) if isinstance(raw, dict) else {}
+        adapter = raw.get("adapter") if isinstance(raw, dict) else None
+        fields["adapter_path"] = adapter or document.get("adapter_path")
+        if fields.get("provider") is None:
+            unsloth = str(document.get("base_model_id", "")).startswith("unsloth/")
+            fields["provider"] = "unsloth" if unsloth else "huggingface"
+        return cls.model_validate(fields)
+
+
+class Lease(Frozen):
+    """The right to work on an export, until it expires."""
+
+    lease_id: str
+    owner: str
+    """The execution that holds it; an execution's next attempt is the same owner."""
+    expires_at: datetime
+
+
+class Artifact(Frozen):
+    """One published result; `manifest` is the URI of its `export.json`, which was written last."""
+
+    kind: ExportType
+    uri: str
+    version: str
+    bytes: int
+    files: int
+    manifest: str
+
+
+class Failure(Frozen):
+    """Why an export failed, as a caller may see it."""
+
+    code: str
+    message: str
+    retryable: bool
+
+
+class ExportRecord(Frozen):
+    """`exports/{export_id}`: everything known about one export. Changed by compare-and-set on `revision`."""
+
+    schema_version: int = SCHEMA_VERSION
+    export_id: str
+    job_id: str
+    user_id: str
+    export_type: ExportType
+    quantization: str | None = None
+    state: State
+    revision: int = 0
+    stage: str | None = None
+    progress: Annotated[float, Field(ge=0, le=1)] = 0.0
+    attempt: int = 0
+    lease: Lease | None = None
+    adapter_fingerprint: str
+    artifacts: tuple[Artifact, ...] = ()
+    summary: dict[str, Any] = {}
+    """What the manifest says in short: engine, counts of tensors merged and copied, seconds, peak memory."""
+    error: Failure | None = None
+    token_ref: str | None = None
+    """Where the token store keeps this export's Hugging Face token; never the token."""
+    execution: str | None = None
+    log_uri: str | None = None
+    force_nonce: str | None = None
+    created_at: datetime
+    updated_at: datetime
+    published_at: datetime | None = None
+
+    @property
+    def path(self) -> str | None:
+        """The URI of the result, once there is one."""
+        return self.artifacts[0].uri if self.state is State.COMPLETED and self.artifacts else None
+
+
+class JobMessage(Frozen):
+    """What travels through the queue: ids only, never a secret, never the work itself."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    job_id: JobId
+    export_id: str
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.export_id.startswith(f"{self.job_id}.") or not is_export_id(self.export_id):
+            raise ValueError(f"export_id {self.export_id!r} is not an export of job {self.job_id!r}")
+        return self

@@ -1,0 +1,157 @@
+"""How an export may change: one table of moves, one pure function, and a few named shorthands.
+
+Whoever stores the result does so by compare-and-set on `revision`, so two contenders that both computed a legal
+move still cannot both make it.
+"""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from dispatcher.contract import Artifact, ExportRecord, Failure, Lease, State
+from dispatcher.errors import IllegalTransition, LeaseHeld, LeaseLost
+
+Q, S, R = State.QUEUED, State.STARTING, State.RUNNING
+DONE, FAILED, CANCELLED = State.COMPLETED, State.FAILED, State.CANCELLED
+
+
+class Actor(StrEnum):
+    """Who moves a record."""
+
+    CALLER = "caller"
+    OPERATOR = "operator"
+    TRIGGER = "trigger"
+    EXPORTER = "exporter"
+    SWEEP = "sweep"
+    DEAD_LETTER = "fail_export"
+    REPLAY = "replay"
+
+
+_ASKERS = frozenset({Actor.CALLER, Actor.OPERATOR})
+MOVES: dict[tuple[State, State], frozenset[Actor]] = {
+    (Q, S): frozenset({Actor.TRIGGER}),
+    (S, S): frozenset({Actor.TRIGGER}),
+    (S, Q): frozenset({Actor.TRIGGER, Actor.SWEEP}),
+    (Q, R): frozenset({Actor.EXPORTER}),
+    (S, R): frozenset({Actor.EXPORTER}),
+    (R, R): frozenset({Actor.EXPORTER}),
+    (R, Q): frozenset({Actor.EXPORTER, Actor.SWEEP}),
+    (R, DONE): frozenset({Actor.EXPORTER}),
+    (R, FAILED): frozenset({Actor.EXPORTER, Actor.SWEEP}),
+    (Q, FAILED): frozenset({Actor.DEAD_LETTER}),
+    (S, FAILED): frozenset({Actor.DEAD_LETTER}),
+    (Q, CANCELLED): _ASKERS,
+    (S, CANCELLED): _ASKERS,
+    (R, CANCELLED): _ASKERS,
+    (FAILED, Q): _ASKERS | {Actor.REPLAY},
+    (CANCELLED, Q): _ASKERS,
+    (DONE, Q): _ASKERS,
+}
+"""Every legal move and who may make it. `(S, S)` and `(R, R)` are take-overs of a lease."""
+
+
+def holds_live_lease(record: ExportRecord, now: datetime) -> bool:
+    """Whether anyone's lease on this export is still good at `now`."""
+    return record.lease is not None and record.lease.expires_at > now
+
+
+def transition(
+    record: ExportRecord,
+    to: State,
+    *,
+    by: Actor,
+    now: datetime,
+    holding: str | None = None,
+    lease: Lease | None = None,
+    **changes: Any,
+) -> ExportRecord:
+    """The record after a move, one revision later.
+
+    Args:
+        record: The record as read from the store.
+        to: The state to move to.
+        by: Who moves it.
+        now: The mover's clock (UTC).
+        holding: The lease id the mover was given; needed to leave a leased state as its holder.
+        lease: The lease to take, when moving to `starting` or `running`.
+        changes: Further fields, set last.
+
+    Raises:
+        IllegalTransition: The table does not have this move for this actor.
+        LeaseHeld: Someone else's lease on it is live.
+        LeaseLost: The mover's lease is not the record's any more.
+    """
+    name = f"export {record.export_id}"
+    if by not in MOVES.get((record.state, to), frozenset()):
+        raise IllegalTransition(f"{name} is {record.state}: {by} cannot move it to {to}")
+    if by is Actor.REPLAY and not (record.error and record.error.retryable):
+        raise IllegalTransition(f"{name} failed for good: a replay does not run it again, a new POST does")
+    held = record.lease.lease_id if record.lease else None
+    live = holds_live_lease(record, now)
+    if to in (S, R):
+        if lease is None:
+            raise IllegalTransition(f"{name}: nothing moves to {to} without a lease")
+        ours = record.lease is not None and (held == holding or record.lease.owner == lease.owner)
+        if live and not ours:
+            raise LeaseHeld(f"{name} is {record.state} under someone else's lease: nothing to do here")
+    elif by is Actor.EXPORTER or (by is Actor.TRIGGER and record.state is S):
+        if held is None or held != holding:
+            raise LeaseLost(f"{name} is no longer held by lease {holding}: stop without writing")
+    elif by in (Actor.SWEEP, Actor.DEAD_LETTER) and (live or (by is Actor.DEAD_LETTER and record.execution)):
+        raise LeaseHeld(f"{name} is {record.state} and being worked on: left alone")
+    effects = {**_effects(record, to, by), "lease": lease, **changes}
+    return _changed(record, now, state=to, **effects)
+
+
+def _effects(record: ExportRecord, to: State, by: Actor) -> dict[str, Any]:
+    """What a move does to the fields besides the lease."""
+    if to is Q:
+        anew: dict[str, Any] = {"stage": None, "progress": 0.0, "execution": None, "published_at": None}
+        if record.state not in (S, R):
+            anew |= {"error": None, "artifacts": (), "summary": {}, "attempt": 0}
+        return anew
+    if to is R:
+        return {"attempt": record.attempt + 1, "stage": "claimed", "progress": 0.0, "error": None}
+    if to is S:
+        return {"execution": None}
+    if to is DONE:
+        return {"stage": None, "progress": 1.0, "error": None, "token_ref": None}
+    return {"stage": None}
+
+
+def renewed(
+    record: ExportRecord, *, holding: str, expires_at: datetime, stage: str, progress: float, now: datetime
+) -> ExportRecord:
+    """The exporter's heartbeat: the same lease, longer, with how far the work is.
+
+    Raises:
+        LeaseLost: The export was cancelled, or its lease taken over.
+    """
+    if record.state is not R or record.lease is None or record.lease.lease_id != holding:
+        raise LeaseLost(f"export {record.export_id} is {record.state} and no longer ours: stop before the next write")
+    lease = record.lease.model_copy(update={"expires_at": expires_at})
+    return _changed(record, now, lease=lease, stage=stage, progress=min(max(progress, 0.0), 1.0))
+
+
+def completed(record: ExportRecord, *, holding: str, artifacts: tuple[Artifact, ...], now: datetime, **changes: Any) -> ExportRecord:
+    """The commit: the manifest is there, and the record says so."""
+    return transition(record, DONE, by=Actor.EXPORTER, holding=holding, now=now, artifacts=artifacts, **changes)
+
+
+def failed(record: ExportRecord, *, by: Actor, error: Failure, now: datetime, holding: str | None = None) -> ExportRecord:
+    """The verdict; a token that no retry can use any more is dropped from the record."""
+    kept = record.token_ref if error.retryable else None
+    return transition(record, FAILED, by=by, holding=holding, now=now, error=error, token_ref=kept)
+
+
+def noted(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:
+    """The record with a fact about it written down (`published_at`, `execution`, `log_uri`, `token_ref`)."""
+    unknown = changes.keys() - {"published_at", "execution", "log_uri", "token_ref"}
+    if unknown:
+        raise IllegalTransition(f"{sorted(unknown)} are not facts to note; use a transition")
+    return _changed(record, now, **changes)
+
+
+def _changed(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:
+    fields = {name: getattr(record, name) for name in ExportRecord.model_fields}
+    return ExportRecord.model_validate({**fields, **changes, "revision": record.revision + 1, "updated_at": now})

@@ -1,0 +1,1 @@
+"""The batch job: base model and adapter become artifacts."""
