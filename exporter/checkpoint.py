@@ -1,0 +1,236 @@
+"""Safetensors checkpoints as plain data: which tensor lies where. Knows bytes, not LoRA.
+
+The format: 8 bytes little-endian header length N, N bytes of JSON, then the data; offsets are relative to the data,
+ascending, without overlap or hole. Source: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dispatcher.errors import SourceError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors library itself."""
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_INDEX_BYTES = 100_000_000
+ITEM_SIZE = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+"""Bytes per element of each dtype name."""
+
+ReadAt = Callable[[int, int], bytes]
+"""Reads (offset, length) of one file; returns fewer bytes only at its end."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file: `start` is its absolute byte offset there, `nbytes` its length."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """One safetensors file: its tensors in the order of their bytes."""
+
+    path: Path
+    size: int
+    tensors: tuple[Tensor, ...]
+    metadata: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk: one file, or several with an index (`index` holds its bytes, to be kept as they are)."""
+
+    files: tuple[TensorFile, ...]
+    index: bytes | None
+
+    def tensors(self) -> dict[str, tuple[TensorFile, Tensor]]:
+        """Every tensor by name, with the file that holds it."""
+        return {tensor.name: (file, tensor) for file in self.files for tensor in file.tensors}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+def read_tensor_file(path: Path) -> TensorFile:
+    """Read and check the header of one safetensors file.
+
+    Raises:
+        SourceError: `safetensors_truncated` when the file ends too early, `safetensors_corrupt` when the header
+            does not describe it.
+    """
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        tensors, metadata = parse_header(lambda offset, length: os.pread(file.fileno(), length, offset), size, path.name)
+    return TensorFile(path, size, tensors, metadata)
+
+
+def parse_header(read_at: ReadAt, size: int, name: str) -> tuple[tuple[Tensor, ...], dict[str, str]]:
+    """Tensors (in byte order) and metadata of a safetensors file of `size` bytes, checked against each other.
+
+    Raises:
+        SourceError: As `read_tensor_file`.
+    """
+    if size < 8:
+        raise _truncated(name, f"it has {size} bytes, a header needs 8")
+    length = int.from_bytes(read_at(0, 8), "little")
+    if length > MAX_HEADER_BYTES:
+        raise _corrupt(name, f"its header claims {length} bytes, the format allows {MAX_HEADER_BYTES}")
+    if 8 + length > size:
+        raise _truncated(name, f"its header claims {length} bytes, the file has {size}")
+    header = _header_object(read_at(8, length), name)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _corrupt(name, "__metadata__ must map text to text")
+    data_start = 8 + length
+    tensors = sorted((_tensor(key, entry, data_start, name) for key, entry in header.items()), key=_byte_order)
+    end = data_start
+    for tensor in tensors:
+        if tensor.start != end:
+            kind = "overlaps the one before" if tensor.start < end else "leaves a hole before it"
+            raise _corrupt(name, f"tensor {tensor.name!r} {kind}")
+        end = tensor.start + tensor.nbytes
+    if end > size:
+        raise _truncated(name, f"its tensors end at byte {end}, the file has {size}: it was cut short")
+    if end < size:
+        raise _corrupt(name, f"{size - end} bytes follow the last tensor")
+    return tuple(tensors), metadata
+
+
+def _byte_order(tensor: Tensor) -> tuple[int, int]:
+    return tensor.start, tensor.nbytes
+
+
+def _header_object(raw: bytes, name: str) -> dict[str, Any]:
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(name, f"its header is not JSON: {str(error)[:200]}") from error
+    if not isinstance(header, dict):
+        raise _corrupt(name, f"its header is a {type(header).__name__}, an object was expected")
+    return header
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _tensor(key: str, entry: Any, data_start: int, name: str) -> Tensor:
+    where = f"tensor {key[:200]!r}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _corrupt(name, f"{where} must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
+        raise _corrupt(name, f"{where} has dtype {str(dtype)[:40]!r}, known are {', '.join(ITEM_SIZE)}")
+    if not isinstance(shape, list) or not all(_is_size(item) for item in shape) or len(shape) > 16:
+        raise _corrupt(name, f"{where} has no valid shape")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(item) for item in offsets):
+        raise _corrupt(name, f"{where} has no valid data_offsets")
+    begin, end = offsets
+    nbytes = math.prod(shape) * ITEM_SIZE[dtype]
+    if end - begin != nbytes:
+        raise _corrupt(name, f"{where} of shape {shape} and dtype {dtype} needs {nbytes} bytes, it has {end - begin}")
+    return Tensor(key, dtype, tuple(shape), data_start + begin, nbytes)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _truncated(name: str, what: str) -> SourceError:
+    return SourceError(f"{name} is incomplete: {what}. Upload or download it again.", code="safetensors_truncated")
+
+
+def _corrupt(name: str, what: str) -> SourceError:
+    return SourceError(f"{name} is not a valid safetensors file: {what}.", code="safetensors_corrupt")
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Read the headers of a model directory: `model.safetensors`, or the shards that its index names.
+
+    Raises:
+        SourceError: `base_missing` without weights, `base_pickle_only`, `base_index_invalid`, or as
+            `read_tensor_file`.
+    """
+    if (directory / INDEX_NAME).is_file():
+        return _open_sharded(directory)
+    if (directory / SINGLE_NAME).is_file():
+        return Checkpoint((read_tensor_file(directory / SINGLE_NAME),), None)
+    if any(directory.glob("*.bin")):
+        raise SourceError(
+            f"{directory} holds only pickled weights (*.bin), which are never loaded. Save the model as safetensors.",
+            code="base_pickle_only",
+        )
+    raise SourceError(
+        f"{directory} has neither {SINGLE_NAME} nor {INDEX_NAME}: it holds no model.", code="base_missing"
+    )
+
+
+def _open_sharded(directory: Path) -> Checkpoint:
+    index_path = directory / INDEX_NAME
+    if index_path.stat().st_size > MAX_INDEX_BYTES:
+        raise _bad_index(f"it is larger than {MAX_INDEX_BYTES} bytes")
+    raw = index_path.read_bytes()
+    try:
+        weight_map = json.loads(raw)["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _bad_index("it is no JSON object with a weight_map") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        raise _bad_index("weight_map must map tensor names to file names")
+    files = []
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise _bad_index(f"{name[:200]!r} is not the name of a safetensors file beside it")
+        if not (directory / name).is_file():
+            raise SourceError(f"{name} is missing, but {INDEX_NAME} names it.", code="base_missing")
+        files.append(read_tensor_file(directory / name))
+    found = {tensor.name: file.name for file in files for tensor in file.tensors}
+    if len(found) != sum(len(file.tensors) for file in files):
+        raise _bad_index("a tensor occurs in two of its files")
+    astray = sorted(name for name, file in weight_map.items() if found.get(name) != file)
+    if astray:
+        raise _bad_index(f"{len(astray)} tensors are not in the file it names, first {astray[0][:200]!r}")
+    return Checkpoint(tuple(files), raw)
+
+
+def _bad_index(what: str) -> SourceError:
+    return SourceError(f"{INDEX_NAME} cannot be used: {what}.", code="base_index_invalid")
+
+
+def header_bytes(tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The 8-byte length and JSON header of a file that holds `tensors` one after the other, in this order.
+
+    Padded with spaces to a multiple of 8, as the safetensors library does, so that data starts aligned.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.nbytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (offset, end)}
+        offset = end
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw

@@ -1,0 +1,102 @@
+"""Facts of the Gemma families as data: model types, key layouts, side files.
+
+Checkpoints and adapters name the same module differently, depending on who wrote them: hub checkpoints keep the
+layout of the release, transformers 5 re-saves some families under module names, and an adapter carries the module
+names of the library version that trained it. `canonical_name` maps all of these to one name.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from dispatcher.errors import SourceError
+
+CONVERSION_SOURCE = "https://github.com/huggingface/transformers/blob/main/src/transformers/conversion_mapping.py"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is particular to one `model_type` of config.json."""
+
+    text_only: bool
+    renames: tuple[tuple[str, str], ...] = ()
+
+
+_LEADING_MODEL = (r"^(?:model\.)+", "")
+# `model.` is the base-model prefix of every class; shieldgemma2 wraps a whole Gemma3 under one more of it.
+_TEXT_TOWER = (r"^language_model\.(?:model\.)?", "language_model.")
+# Hub checkpoints of gemma3, shieldgemma2 and paligemma nest a whole causal model under `language_model`.
+_LM_HEAD = (r"^language_model\.lm_head\.", "lm_head.")
+_SIGLIP = (r"^vision_tower\.vision_model\.", "vision_tower.")
+# transformers 5 dropped SigLIP's inner `vision_model` level.
+_LLAVA = (_LEADING_MODEL, _TEXT_TOWER, _LM_HEAD, _SIGLIP)
+_PLAIN = (_LEADING_MODEL,)
+_UNIFIED = (
+    _LEADING_MODEL,
+    (r"^embed_vision\.embedding_projection\.", "embed_vision.multimodal_embedder.embedding_projection."),
+    (r"^vision_embedder\.", "embed_vision."),
+)
+
+FAMILIES: dict[str, Family] = {
+    "gemma": Family(True, _PLAIN),
+    "gemma2": Family(True, _PLAIN),
+    "gemma3_text": Family(True, _PLAIN),
+    "gemma3": Family(False, _LLAVA),
+    "gemma3n_text": Family(True, _PLAIN),
+    "gemma3n": Family(False, _PLAIN),
+    "gemma4_text": Family(True, _PLAIN),
+    "gemma4": Family(False, _PLAIN),
+    "gemma4_unified_text": Family(True, _PLAIN),
+    "gemma4_unified": Family(False, _UNIFIED),
+    "shieldgemma2": Family(False, _LLAVA),
+    "paligemma": Family(False, _LLAVA),
+}
+"""Renames are regular expressions, applied in order; `CONVERSION_SOURCE` is where they come from, and a test
+compares them with the installed library's own."""
+
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "generation_config.json",
+)
+"""What a user loads beside the weights. transformers 5 does not save `tokenizer.model`, and GGUF needs it."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """The family that a config.json declares.
+
+    Raises:
+        SourceError: `base_not_gemma` for anything that is not in `FAMILIES`; `base_quantized` when the weights
+            are stored quantized, so that a 16-bit merge into them would not be the model that was trained.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise SourceError(
+            f"the base's config.json has model_type {str(model_type)[:80]!r}; "
+            f"this exports Gemma models: {', '.join(FAMILIES)}.",
+            code="base_not_gemma",
+        )
+    if config.get("quantization_config") is not None:
+        raise SourceError(
+            "the base's weights are stored quantized (config.json has a quantization_config). "
+            "Register the matching 16-bit base.",
+            code="base_quantized",
+        )
+    return FAMILIES[model_type]
+
+
+def canonical_name(name: str, family: Family) -> str:
+    """One name for a tensor or module, whichever layout or library version wrote it."""
+    for pattern, replacement in family.renames:
+        name = re.sub(pattern, replacement, name)
+    return name
