@@ -1,0 +1,371 @@
+"""Where artifacts lie: create-only files under a root, each with its size and crc32c."""
+
+import base64
+import ctypes
+import errno
+import fcntl
+import os
+import secrets
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+import google_crc32c
+
+from dispatcher.contract import fingerprint_of
+from dispatcher.errors import ArtifactConflict, Misconfigured, NotFound, SourceError, StorageFull, Unavailable
+
+SMALL_FILE_LIMIT = 16 << 20
+_BLOCK = 1 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A published file."""
+
+    name: str
+    """Its path relative to the listed prefix, with `/` between the parts."""
+    size: int
+    """Bytes."""
+    crc32c: str
+    """Base64 of the 4 big-endian bytes, as Cloud Storage reports it; empty when it was not asked for."""
+
+
+class ArtifactWriter(Protocol):
+    """A file being written; invisible until `commit`."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append all of `data`.
+
+        Raises:
+            StorageFull: No room; what was written is removed.
+        """
+
+    def commit(self) -> StoredFile:
+        """Publish the file under its name, all of it or nothing; its `name` is the last part of the path.
+
+        Raises:
+            ArtifactConflict: The name is taken by other content. The same content counts as success.
+            StorageFull: No room; what was written is removed.
+        """
+
+    def discard(self) -> None:
+        """Remove what was written; harmless after `commit`."""
+
+
+class ArtifactStore(Protocol):
+    """A tree of files of which none is ever overwritten."""
+
+    def uri(self, path: str) -> str:
+        """The absolute URI of a path inside the store."""
+
+    def create(self, path: str) -> ArtifactWriter:
+        """Start writing the file at a path inside the store."""
+
+    def list(self, uri: str, *, checksums: bool = True) -> list[StoredFile]:
+        """Every published file under a URI or plain path, recursively, by name; none when nothing is there.
+
+        Without `checksums` no file is read for its crc32c.
+
+        Raises:
+            SourceError: A symbolic link leads out of it.
+        """
+
+    def read(self, uri: str, *, limit: int = SMALL_FILE_LIMIT) -> bytes:
+        """A small file's content.
+
+        Raises:
+            NotFound: No such file (`file_not_found`).
+            SourceError: It is larger than `limit` bytes (`file_too_large`).
+        """
+
+    def read_range(self, uri: str, offset: int, length: int) -> bytes:
+        """`length` bytes of a published file from byte `offset`; fewer only at its end.
+
+        Raises:
+            NotFound: No such file (`file_not_found`).
+        """
+
+    def exists(self, uri: str) -> bool:
+        """Whether a published file is there."""
+
+    def delete_prefix(self, path: str) -> int:
+        """Remove everything under a path inside the store, unpublished files too; how many files that was."""
+
+    def fingerprint(self, uri: str) -> str:
+        """`contract.fingerprint_of` over the files under a URI or plain path."""
+
+
+class Crc32c:
+    """A running crc32c over any buffer; the C extension itself takes nothing but `bytes`."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: bytes | bytearray | memoryview) -> None:
+        if isinstance(data, bytes):
+            self._value = google_crc32c.extend(self._value, data)
+            return
+        view = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")
+        if not view.readonly:
+            # The extension refuses bytearray and memoryview, but takes a ctypes array over the same memory.
+            array = (ctypes.c_char * view.nbytes).from_buffer(view)
+            self._value = google_crc32c.extend(self._value, array)
+            return
+        for start in range(0, view.nbytes, _BLOCK):
+            self._value = google_crc32c.extend(self._value, bytes(view[start : start + _BLOCK]))
+
+    @property
+    def text(self) -> str:
+        """Base64 of the 4 big-endian bytes."""
+        return base64.b64encode(self._value.to_bytes(4, "big")).decode()
+
+
+def path_of(uri: str) -> Path:
+    """The local path that a `file://` URI or a plain path names, absolute.
+
+    Raises:
+        SourceError: It names something that is not on this machine.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        text = unquote(parts.path)
+    elif "://" in uri or parts.scheme == "file":
+        raise SourceError(
+            f"{uri!r} is not on this machine: expected a file:// URI or a path", code="uri_unsupported"
+        )
+    else:
+        text = uri
+    if not text or "\0" in text:
+        raise SourceError(f"{uri!r} names no file: expected a file:// URI or a path", code="uri_unsupported")
+    return Path(text).absolute()
+
+
+class LocalArtifacts:
+    """Artifacts under a directory; processes may share it."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.absolute()
+        self._checksums: dict[tuple[str, int, int], str] = {}
+        self._lock = threading.Lock()
+
+    def uri(self, path: str) -> str:
+        return self._inside(path).as_uri()
+
+    def create(self, path: str) -> ArtifactWriter:
+        return _LocalWriter(self, self._inside(path))
+
+    def list(self, uri: str, *, checksums: bool = True) -> list[StoredFile]:
+        top = path_of(uri)
+        if not top.is_dir():
+            return []
+        found = [StoredFile(name, size, self.checksum(path) if checksums else "") for name, path, size in _walk(top)]
+        return sorted(found, key=lambda file: file.name)
+
+    def read(self, uri: str, *, limit: int = SMALL_FILE_LIMIT) -> bytes:
+        data = self.read_range(uri, 0, limit + 1)
+        if len(data) > limit:
+            raise SourceError(
+                f"{path_of(uri)} is over {limit} bytes, too large for what it should be", code="file_too_large"
+            )
+        return data
+
+    def read_range(self, uri: str, offset: int, length: int) -> bytes:
+        path = path_of(uri)
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                return file.read(length)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise NotFound(f"there is no file {path}", code="file_not_found") from error
+        except OSError as error:
+            raise Unavailable(f"{path} cannot be read: {error.strerror}") from error
+
+    def exists(self, uri: str) -> bool:
+        return path_of(uri).is_file()
+
+    def delete_prefix(self, path: str) -> int:
+        top = self._inside(path)
+        if self._root.resolve() not in top.resolve().parents:
+            raise Misconfigured(f"{top} leads out of the artifact store {self._root}: nothing was deleted")
+        if not top.is_dir() or top.is_symlink():
+            existed = top.is_symlink() or top.exists()
+            top.unlink(missing_ok=True)
+            return int(existed)
+        count = 0
+        try:
+            for directory, folders, files in os.walk(top, topdown=False):
+                for name in files:
+                    (Path(directory) / name).unlink(missing_ok=True)
+                    count += 1
+                for name in folders:
+                    folder = Path(directory) / name
+                    folder.unlink() if folder.is_symlink() else folder.rmdir()
+            top.rmdir()
+        except OSError as error:
+            raise Unavailable(f"{top} cannot be removed: {error.strerror}") from error
+        return count
+
+    def fingerprint(self, uri: str) -> str:
+        return fingerprint_of([(file.name, file.size, file.crc32c) for file in self.list(uri)])
+
+    def checksum(self, path: Path) -> str:
+        """The file's crc32c, read once per (path, size, modification time)."""
+        try:
+            with path.open("rb", buffering=0) as file:
+                facts = os.fstat(file.fileno())
+                key = (str(path), facts.st_size, facts.st_mtime_ns)
+                with self._lock:
+                    known = self._checksums.get(key)
+                if known is not None:
+                    return known
+                crc, block = Crc32c(), bytearray(_BLOCK)
+                while count := file.readinto(block):
+                    crc.update(memoryview(block)[:count])
+        except OSError as error:
+            raise Unavailable(f"{path} cannot be read: {error.strerror}") from error
+        self.remember(key, crc.text)
+        return crc.text
+
+    def remember(self, key: tuple[str, int, int], crc32c: str) -> None:
+        """Note a checksum that was computed while writing."""
+        with self._lock:
+            self._checksums[key] = crc32c
+
+    def _inside(self, path: str) -> Path:
+        parts = path.split("/")
+        if not path or "\0" in path or any(part in ("", ".", "..") for part in parts):
+            raise Misconfigured(f"{path!r} is no path inside the artifact store: expected a/b/c without '..'")
+        return self._root / PurePosixPath(path)
+
+
+def _walk(top: Path) -> Iterator[tuple[str, Path, int]]:
+    """Name, path and size of every regular file under `top`, unpublished ones left out."""
+    real_top = top.resolve()
+    for directory, folders, files in os.walk(top):
+        for name in [*folders, *files]:
+            path = Path(directory) / name
+            if path.is_symlink() and (name in folders or real_top not in path.resolve().parents):
+                raise SourceError(
+                    f"{path} is a symbolic link to {path.resolve()}: copy the files instead (cp -rL)",
+                    code="link_refused",
+                )
+        for name in files:
+            path = Path(directory) / name
+            if name.startswith(".") and name.endswith(".partial"):
+                continue
+            with suppress(FileNotFoundError):  # a partial of another process, gone meanwhile
+                facts = path.stat()
+                if stat.S_ISREG(facts.st_mode):
+                    yield path.relative_to(top).as_posix(), path, facts.st_size
+
+
+class _LocalWriter:
+    """Writes a hidden temporary file beside its target; `commit` links it into place."""
+
+    def __init__(self, store: LocalArtifacts, target: Path) -> None:
+        self._store = store
+        self._target = target
+        self._temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
+        self._crc = Crc32c()
+        self._size = 0
+        self._descriptor = -1
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(
+                self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644
+            )
+        except OSError as error:
+            raise self._translated(error) from error
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")
+        self._crc.update(data)
+        self._size += view.nbytes
+        try:
+            while view.nbytes:
+                view = view[os.write(self._descriptor, view) :]
+        except OSError as error:
+            self.discard()
+            raise self._translated(error) from error
+
+    def commit(self) -> StoredFile:
+        try:
+            facts = os.fstat(self._descriptor)
+            self._close()
+            stored = StoredFile(self._target.name, self._size, self._crc.text)
+            if self._published():
+                self._store.remember((str(self._target), facts.st_size, facts.st_mtime_ns), stored.crc32c)
+                return stored
+            found = (self._target.stat().st_size, self._store.checksum(self._target))
+        except OSError as error:
+            raise self._translated(error) from error
+        finally:
+            self.discard()
+        if found != (stored.size, stored.crc32c):
+            raise ArtifactConflict(
+                f"{self._target} is published already with other content: {found[0]} bytes, "
+                f"crc32c {found[1]}; this one has {stored.size} bytes, crc32c {stored.crc32c}. It was left as it is"
+            )
+        return stored
+
+    def discard(self) -> None:
+        self._close()
+        with suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
+
+    def _published(self) -> bool:
+        """Put the file in place unless the name is taken; whether it did."""
+        try:
+            os.link(self._temporary, self._target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            return self._renamed()
+        return True
+
+    def _renamed(self) -> bool:
+        # Without hard links (some network and FUSE file systems) nothing creates a name atomically with its
+        # content, so writers take turns on the directory instead.
+        directory = os.open(self._target.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            if self._target.exists():
+                return False
+            os.rename(self._temporary, self._target)
+            return True
+        finally:
+            os.close(directory)
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+
+    def _translated(self, error: OSError) -> StorageFull | Unavailable:
+        if error.errno in _FULL:
+            return StorageFull(
+                f"no room left for {self._target} after {self._size} bytes: free some and ask again"
+            )
+        return Unavailable(f"{self._target} cannot be written: {error.strerror}")
+
+
+def open_artifacts(url: str) -> ArtifactStore:
+    """The artifact store that a URL selects: `file:///directory` or `gs://bucket`."""
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        return LocalArtifacts(path_of(url))
+    if parts.scheme == "gs":
+        raise Misconfigured(
+            f"artifact store {url!r}: Cloud Storage is not in this build yet", code="not_available_yet"
+        )
+    raise Misconfigured(f"artifact store {url!r}: expected file:///directory or gs://bucket")

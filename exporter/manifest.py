@@ -1,0 +1,112 @@
+"""The proof that comes with every artifact: `export.json`, create-only and written last.
+
+What it says about the artifact is the same for every run of the same plan; what it says about one run (`run`) is
+not, and does not count when two manifests are compared.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from dispatcher.artifacts import ArtifactStore, StoredFile
+from dispatcher.errors import ArtifactConflict, VerificationFailed
+
+MANIFEST_NAME = "export.json"
+FORMAT_VERSION = 1
+LIBRARIES = ("torch", "transformers", "peft", "safetensors")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """All that decides an artifact's bytes; two equal identities are one artifact."""
+
+    export_type: str
+    quantization: str | None
+    base_id: str
+    base_revision: str
+    adapter_fingerprint: str
+    engine: str
+    engine_version: str
+    nonce: str | None = None
+
+    @property
+    def version(self) -> str:
+        """12 hex digits that name the artifact's directory."""
+        facts = json.dumps([FORMAT_VERSION, *self.__dict__.values()], separators=(",", ":"))
+        return hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+
+def library_versions() -> dict[str, str]:
+    """The installed versions of the libraries whose arithmetic or formats an artifact depends on."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def manifest_of(
+    identity: Identity, *, adapter_uri: str, files: list[StoredFile], tensors: dict[str, Any], verified: dict[str, Any]
+) -> dict[str, Any]:
+    """The comparable part of a manifest: everything but `run`."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "version": identity.version,
+        "export_type": identity.export_type,
+        "quantization": identity.quantization,
+        "base": {"id": identity.base_id, "revision": identity.base_revision},
+        "adapter": {"uri": adapter_uri, "fingerprint": identity.adapter_fingerprint},
+        "engine": {"name": identity.engine, "version": identity.engine_version},
+        "libraries": library_versions(),
+        "tensors": tensors,
+        "verified": verified,
+        "files": [{"name": file.name, "bytes": file.size, "crc32c": file.crc32c} for file in sorted(files, key=_name)],
+    }
+
+
+def _name(file: StoredFile) -> str:
+    return file.name
+
+
+def publish_manifest(store: ArtifactStore, directory: str, manifest: dict[str, Any], run: dict[str, Any]) -> None:
+    """Write `export.json` into a version's directory, unless an equal one is there.
+
+    Raises:
+        ArtifactConflict: `manifest_conflict`: one is there, and it describes other bytes.
+    """
+    path = f"{directory}/{MANIFEST_NAME}"
+    writer = store.create(path)
+    try:
+        writer.write(json.dumps({**manifest, "run": run}, indent=2).encode() + b"\n")
+        writer.commit()
+    except ArtifactConflict as error:
+        if read_manifest(store, directory) != manifest:
+            raise ArtifactConflict(
+                f"{store.uri(path)} is there already and describes other content. Nothing was overwritten; "
+                "export again with --force to make a new version.",
+                code="manifest_conflict",
+            ) from error
+    except BaseException:
+        writer.discard()
+        raise
+
+
+def read_manifest(store: ArtifactStore, directory: str) -> dict[str, Any]:
+    """The manifest of a version's directory, without its `run`.
+
+    Raises:
+        VerificationFailed: `manifest_unreadable`.
+        NotFound: There is none.
+    """
+    try:
+        manifest = json.loads(store.read(store.uri(f"{directory}/{MANIFEST_NAME}")))
+    except ValueError as error:
+        raise VerificationFailed(f"{directory}/{MANIFEST_NAME} is not JSON.", code="manifest_unreadable") from error
+    if not isinstance(manifest, dict):
+        raise VerificationFailed(f"{directory}/{MANIFEST_NAME} is not an object.", code="manifest_unreadable")
+    manifest.pop("run", None)
+    return manifest
+
+
+def still_holds(store: ArtifactStore, directory: str, manifest: dict[str, Any]) -> bool:
+    """Whether every file that a manifest lists lies there with its size."""
+    there = {file.name: file.size for file in store.list(store.uri(directory), checksums=False)}
+    return all(there.get(file["name"]) == file["bytes"] for file in manifest.get("files", []))

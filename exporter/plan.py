@@ -1,0 +1,190 @@
+"""The ledger: which base tensor each adapter tensor changes, decided from headers alone, before any weight is read.
+
+Every pair of the adapter ends at exactly one tensor of the base, or the export is refused by name. The output keeps
+the base's files, tensor names, order, dtypes and shapes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dispatcher.errors import AdapterMismatch, Unsupported
+from exporter.adapter import Adapter, LoraPair
+from exporter.checkpoint import Checkpoint, Tensor, TensorFile, header_bytes
+from exporter.gemma import Family, canonical_name
+from exporter.tensors import TORCH_DTYPE
+
+FOLDABLE = frozenset(TORCH_DTYPE) - {"F64"}
+TEXT_TOWER = "language_model."
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One file to write: `header`, then every tensor of `source` in its order, copied or merged."""
+
+    source: TensorFile
+    header: bytes
+    merges: Mapping[str, LoraPair]
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(tensor.nbytes for tensor in self.source.tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a merge will write, and from what."""
+
+    files: tuple[OutputFile, ...]
+    index: bytes | None
+    tower: str
+    """The tower that a text-only adapter was mapped to; empty when the names matched as they are."""
+
+    @property
+    def merged(self) -> int:
+        return sum(len(file.merges) for file in self.files)
+
+    @property
+    def copied(self) -> int:
+        return sum(len(file.source.tensors) for file in self.files) - self.merged
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+def plan_merge(base: Checkpoint, adapter: Adapter, family: Family, config: Mapping[str, Any]) -> Plan:
+    """Match every adapter pair to the one base tensor it changes.
+
+    Args:
+        base: The base's headers.
+        adapter: The adapter's headers.
+        family: The base's key layout.
+        config: The base's config.json.
+
+    Raises:
+        AdapterMismatch: A pair fits no tensor, more than one, one that another pair also fits, or its shape differs.
+        Unsupported: The pair fits, but not by plain LoRA on a 16- or 32-bit linear weight.
+    """
+    names = _by_canonical_name(base, family)
+    tensors = {name: tensor for name, (_, tensor) in base.tensors().items()}
+    tower, targets = _resolve(adapter, family, names, tensors, tied=_is_tied(config))
+    merges: dict[str, LoraPair] = {}
+    for pair, target in targets:
+        if target in merges:
+            raise AdapterMismatch(
+                f"modules {merges[target].module!r} and {pair.module!r} both change {target!r}: two trainings in one file?",
+                code="adapter_duplicate_target",
+            )
+        _check_fit(pair, tensors[target])
+        merges[target] = pair
+    files = tuple(
+        OutputFile(
+            source=file,
+            header=header_bytes(file.tensors, file.metadata),
+            merges={tensor.name: merges[tensor.name] for tensor in file.tensors if tensor.name in merges},
+        )
+        for file in base.files
+    )
+    return Plan(files, base.index, tower)
+
+
+def _by_canonical_name(base: Checkpoint, family: Family) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for file in base.files:
+        for tensor in file.tensors:
+            names.setdefault(canonical_name(tensor.name, family), []).append(tensor.name)
+    return names
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the output head is the embedding; every Gemma's default is that it is."""
+    text = config.get("text_config")
+    nested = text.get("tie_word_embeddings", True) if isinstance(text, dict) else True
+    return bool(config.get("tie_word_embeddings", nested))
+
+
+def _resolve(
+    adapter: Adapter, family: Family, names: dict[str, list[str]], tensors: dict[str, Tensor], *, tied: bool
+) -> tuple[str, list[tuple[LoraPair, str]]]:
+    wanted = [(pair, canonical_name(f"{pair.module}.weight", family)) for pair in adapter.pairs]
+    for pair, name in wanted:
+        if name == "lm_head.weight" and tied:
+            raise Unsupported(
+                f"the adapter trained {pair.module!r}, which this base ties to its embedding.",
+                code="unsupported_tied_lm_head",
+            )
+    astray = [(pair, name) for pair, name in wanted if name not in names]
+    tower = _tower_of(astray, names, tensors, found=[name for _, name in wanted if name in names]) if astray else ""
+    targets = []
+    for pair, name in wanted:
+        mapped = name if name in names else _moved(name, tower)
+        if len(names[mapped]) > 1:
+            raise AdapterMismatch(
+                f"module {pair.module!r} fits more than one tensor of the base: {', '.join(names[mapped][:4])}.",
+                code="adapter_ambiguous",
+            )
+        targets.append((pair, names[mapped][0]))
+    return tower, targets
+
+
+def _tower_of(
+    astray: list[tuple[LoraPair, str]], names: dict[str, list[str]], tensors: dict[str, Tensor], found: list[str]
+) -> str:
+    """The one tower under which all of `astray` fit by name and shape.
+
+    An adapter trained on the text-only class names its modules without the multimodal model's tower (and the other
+    way round); PEFT applies nothing then, and says nothing.
+    """
+    first = astray[0][1]
+    towers = {name.removesuffix(first) for name in names if name.endswith(f".{first}")}
+    if first.startswith(TEXT_TOWER):
+        towers.add(f"-{TEXT_TOWER}")
+    fitting = sorted(
+        tower
+        for tower in towers
+        if all(
+            _moved(name, tower) in names and _fits(pair, tensors[names[_moved(name, tower)][0]])
+            for pair, name in astray
+        )
+    )
+    if len(fitting) > 1:
+        raise AdapterMismatch(
+            f"module {astray[0][0].module!r} fits more than one tower of the base: {', '.join(fitting)}.",
+            code="adapter_ambiguous",
+        )
+    if not fitting or any(name != "lm_head.weight" for name in found):
+        raise AdapterMismatch(
+            f"{len(astray)} of the adapter's modules match no tensor of the base, "
+            f"first {astray[0][0].module!r}: was it trained on another base?",
+            code="adapter_unmatched",
+        )
+    return fitting[0]
+
+
+def _moved(name: str, tower: str) -> str:
+    return name.removeprefix(tower[1:]) if tower.startswith("-") else tower + name
+
+
+def _fits(pair: LoraPair, tensor: Tensor) -> bool:
+    return tensor.shape == (pair.b.shape[0], pair.a.shape[1])
+
+
+def _check_fit(pair: LoraPair, tensor: Tensor) -> None:
+    if tensor.name.rpartition(".")[0].endswith(("embed_tokens", "embed_tokens_per_layer")):
+        raise Unsupported(f"{pair.module!r} is an embedding, not a linear layer.", code="unsupported_embedding_lora")
+    if not _fits(pair, tensor):
+        raise AdapterMismatch(
+            f"module {pair.module!r}: B @ A is [{pair.b.shape[0]}, {pair.a.shape[1]}], "
+            f"the base's {tensor.name!r} is {list(tensor.shape)}: was it trained on another size?",
+            code="adapter_shape_mismatch",
+        )
+    if tensor.dtype not in FOLDABLE:
+        raise Unsupported(
+            f"the base's {tensor.name!r} is stored as {tensor.dtype}; {', '.join(sorted(FOLDABLE))} are merged.",
+            code="unsupported_base_dtype",
+        )

@@ -1,0 +1,120 @@
+"""Where base model and adapter come from: a directory, or a model id on the Hugging Face hub.
+
+Either way the rest of the exporter sees a local directory and an identity that changes when the bytes do.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dispatcher.artifacts import path_of
+from dispatcher.errors import SourceError, Unavailable
+
+MAX_CONFIG_BYTES = 10_000_000
+HUB_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja")
+"""What an export can use; never a pickle."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that is here: its directory, its parsed config.json, and which revision it is."""
+
+    model_id: str
+    revision: str
+    """The hub's commit, or `directory:` and a digest of file names, sizes and times of change."""
+    directory: Path
+    config: dict[str, Any]
+
+
+def local_path(uri: str) -> Path | None:
+    """The path that a plain path or `file://` URI names; None for any other scheme or for a hub id."""
+    if "://" in uri and not uri.startswith("file://"):
+        return None
+    path = path_of(uri)
+    return path if "://" in uri or Path(uri).is_absolute() or path.is_dir() else None
+
+
+def open_base(model_id: str, revision: str | None, token: str | None) -> Base:
+    """Find a base model and read its config.json.
+
+    Args:
+        model_id: A directory, a `file://` URI, or a hub id.
+        revision: Branch, tag or commit on the hub; None is its main branch.
+        token: Hugging Face token of the caller, for gated models.
+
+    Raises:
+        SourceError: `base_missing`, `base_config_invalid`, or one of the hub's answers (`base_gated`,
+            `hub_token_invalid`).
+        Unavailable: The hub did not answer.
+    """
+    directory = local_path(model_id)
+    if directory is None:
+        return _from_hub(model_id, revision, token)
+    if not directory.is_dir():
+        raise SourceError(f"the base model's directory {directory} does not exist.", code="base_missing")
+    return Base(model_id, f"directory:{_directory_digest(directory)}", directory, _read_config(directory))
+
+
+def _directory_digest(directory: Path) -> str:
+    lines = []
+    for path in sorted(directory.iterdir()):
+        if path.is_file():
+            facts = path.stat()
+            lines.append(f"{path.name}\t{facts.st_size}\t{facts.st_mtime_ns}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:40]
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise SourceError(f"{directory} has no config.json: it holds no model.", code="base_missing")
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"the base's config.json cannot be read: {str(error)[:200]}.", code="base_config_invalid") from error
+    if not isinstance(config, dict):
+        raise SourceError("the base's config.json is not a JSON object.", code="base_config_invalid")
+    return config
+
+
+def _from_hub(model_id: str, revision: str | None, token: str | None) -> Base:
+    # Costs half a second, and a base in a directory does not need it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"base model {model_id!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        directory = Path(
+            snapshot_download(model_id, revision=revision, token=token or False, allow_patterns=list(HUB_PATTERNS))
+        )
+    except GatedRepoError as error:
+        raise SourceError(
+            f"{where} is gated: accept its licence on the hub and POST again with the hf_token of an account "
+            "that has access.",
+            code="base_gated",
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise SourceError(
+            f"{where} is neither a directory here nor found on the hub. Check the id; a private model "
+            "needs an hf_token.",
+            code="base_missing",
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status == 401:
+            raise SourceError(
+                f"the hub refused the token for {where}: POST again with a valid hf_token.", code="hub_token_invalid"
+            ) from error
+        raise Unavailable(f"the hub did not deliver {where}: try again later.", code="hub_unavailable") from error
+    return Base(model_id, directory.name, directory, _read_config(directory))

@@ -1,0 +1,119 @@
+"""Re-reads what was written and says what holds; a check that fails fails the export before a manifest exists."""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from dispatcher.artifacts import ArtifactStore
+from dispatcher.errors import VerificationFailed
+from exporter.adapter import Adapter
+from exporter.checkpoint import Tensor, TensorFile
+from exporter.plan import OutputFile, Plan
+from exporter.tensors import TORCH_DTYPE, read_tensor
+
+SAMPLED_TENSORS = 12
+SAMPLED_ROWS = 2
+SAMPLED_BYTES = 65536
+FLOAT32_EPS = 2.0**-24
+
+Item = TypeVar("Item")
+
+
+def verify_merged(store: ArtifactStore, directory: str, plan: Plan, adapter: Adapter) -> dict[str, Any]:
+    """Check the written shards of a plan against the plan, the base and the adapter.
+
+    Every file: its header and size. A sample of merged tensors: rows recomputed in float64 from base and adapter.
+    A sample of copied tensors: their first bytes.
+
+    Returns:
+        What was checked, for the manifest: counts, and the worst error in ulps of the output's dtype.
+
+    Raises:
+        VerificationFailed: `nothing_changed`, `header_differs`, `merge_wrong` or `copy_differs`.
+    """
+    if plan.merged == 0:
+        raise VerificationFailed("the plan merges no tensor at all.", code="nothing_changed")
+    sizes = {file.name: file.size for file in store.list(store.uri(directory), checksums=False)}
+    merged, copied = [], []
+    for planned in plan.files:
+        uri = store.uri(f"{directory}/{planned.name}")
+        if sizes.get(planned.name) != planned.size or store.read_range(uri, 0, len(planned.header)) != planned.header:
+            raise VerificationFailed(f"{planned.name} is not of the planned size and header.", code="header_differs")
+        for tensor, start in _written(planned):
+            (merged if tensor.name in planned.merges else copied).append((planned, uri, tensor, start))
+    worst = 0.0
+    for planned, uri, tensor, start in _spread(merged):
+        worst = max(worst, _merge_error(store, uri, planned, tensor, start, adapter))
+    for planned, uri, tensor, start in _spread(copied):
+        length = min(tensor.nbytes, SAMPLED_BYTES)
+        if store.read_range(uri, start, length) != _source_bytes(planned.source, tensor.start, length):
+            raise VerificationFailed(f"{tensor.name} differs from the base's.", code="copy_differs")
+    return {
+        "files": len(plan.files),
+        "merged_sampled": len(_spread(merged)),
+        "copied_sampled": len(_spread(copied)),
+        "worst_error_ulp": round(worst, 4),
+    }
+
+
+def _written(planned: OutputFile) -> list[tuple[Tensor, int]]:
+    """Each tensor of an output file with the offset it was written at."""
+    start, found = len(planned.header), []
+    for tensor in planned.source.tensors:
+        found.append((tensor, start))
+        start += tensor.nbytes
+    return found
+
+
+def _spread(items: Sequence[Item]) -> Sequence[Item]:
+    """A few items, evenly spread over all of them, the first and the last included."""
+    if len(items) <= SAMPLED_TENSORS:
+        return items
+    return [items[round(i * (len(items) - 1) / (SAMPLED_TENSORS - 1))] for i in range(SAMPLED_TENSORS)]
+
+
+def _source_bytes(file: TensorFile, offset: int, length: int) -> bytes:
+    with file.path.open("rb", buffering=0) as source:
+        return os.pread(source.fileno(), length, offset)
+
+
+def _merge_error(
+    store: ArtifactStore, uri: str, planned: OutputFile, tensor: Tensor, start: int, adapter: Adapter
+) -> float:
+    """The worst error, in ulps, of some rows of a merged tensor against float64.
+
+    The bound is half an ulp for the one rounding, plus the float32 error of a dot product of length rank
+    (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5).
+    """
+    pair = planned.merges[tensor.name]
+    dtype = TORCH_DTYPE[tensor.dtype]
+    rows, width = tensor.shape
+    row_bytes = width * dtype.itemsize
+    a = read_tensor(adapter.file, pair.a).double()
+    b = read_tensor(adapter.file, pair.b)
+    worst = 0.0
+    for row in sorted({rows * i // SAMPLED_ROWS for i in range(SAMPLED_ROWS)}):
+        source = _source_bytes(planned.source, tensor.start + row * row_bytes, row_bytes)
+        output = store.read_range(uri, start + row * row_bytes, row_bytes)
+        weight = torch.frombuffer(bytearray(source), dtype=dtype).double()
+        found = torch.frombuffer(bytearray(output), dtype=dtype)
+        exact = weight + pair.scale * (b[row].double() @ a)
+        size = weight.abs() + abs(pair.scale) * (b[row].double().abs() @ a.abs())
+        ulp = _ulp(exact, dtype)
+        error = (found.double() - exact).abs()
+        if not bool((error <= 0.5 * ulp + (pair.rank + 3) * FLOAT32_EPS * size).all()):
+            raise VerificationFailed(
+                f"row {row} of {tensor.name} is off by {float((error / ulp).max()):.3g} ulp.", code="merge_wrong"
+            )
+        worst = max(worst, float((error / ulp).max())) if width else worst
+    return worst
+
+
+def _ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The spacing of `dtype` at each value; float64."""
+    facts = torch.finfo(dtype)
+    exponent = torch.floor(torch.log2(values.abs().clamp(min=facts.tiny)))
+    return torch.exp2(exponent) * 2.0 ** round(math.log2(facts.eps))
