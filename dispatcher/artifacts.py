@@ -166,14 +166,18 @@ class LocalArtifacts:
         top = path_of(uri)
         if not top.is_dir():
             return []
-        found = [StoredFile(name, size, self.checksum(path) if checksums else "") for name, path, size in _walk(top)]
+        found = [
+            StoredFile(name, size, self.checksum(path) if checksums else "")
+            for name, path, size in _walk(top)
+        ]
         return sorted(found, key=lambda file: file.name)
 
     def read(self, uri: str, *, limit: int = SMALL_FILE_LIMIT) -> bytes:
         data = self.read_range(uri, 0, limit + 1)
         if len(data) > limit:
             raise SourceError(
-                f"{path_of(uri)} is over {limit} bytes, too large for what it should be", code="file_too_large"
+                f"{path_of(uri)} is over {limit} bytes, too large for what it should be",
+                code="file_too_large",
             )
         return data
 
@@ -312,7 +316,7 @@ class _LocalWriter:
         if found != (stored.size, stored.crc32c):
             raise ArtifactConflict(
                 f"{self._target} is published already with other content: {found[0]} bytes, "
-                f"crc32c {found[1]}; this one has {stored.size} bytes, crc32c {stored.crc32c}. It was left as it is"
+                f"crc32c {found[1]}; this one has {stored.size} bytes, crc32c {stored.crc32c}"
             )
         return stored
 

@@ -19,7 +19,7 @@ QUANTIZATIONS = (
     *("q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "iq4_nl", "iq4_xs", "q4_0", "q5_0"),
 )
 DEFAULT_QUANTIZATION = "q8_0"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 
 
 class ExportType(StrEnum):
@@ -56,8 +56,9 @@ def is_export_id(text: str) -> bool:
     job_id, dot, kind = text.rpartition(".")
     if dot and kind in (ExportType.ADAPTER, ExportType.MERGED):
         return is_job_id(job_id)
+    quantization = kind
     job_id, dot, kind = job_id.rpartition(".")
-    return bool(dot) and kind == ExportType.GGUF and text.endswith(QUANTIZATIONS) and is_job_id(job_id)
+    return bool(dot) and kind == ExportType.GGUF and quantization in QUANTIZATIONS and is_job_id(job_id)
 
 
 def export_id_of(job_id: str, export_type: ExportType, quantization: str | None) -> str:
@@ -149,14 +150,15 @@ class Lease(Frozen):
 
 
 class Artifact(Frozen):
-    """One published result; `manifest` is the URI of its `export.json`, which was written last."""
+    """One published result."""
 
     kind: ExportType
     uri: str
     version: str
     bytes: int
     files: int
-    manifest: str
+    manifest: str | None
+    """The URI of its `export.json`, written last; None for an adapter, which is served as it lies."""
 
 
 class Failure(Frozen):
@@ -211,6 +213,9 @@ class JobMessage(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not self.export_id.startswith(f"{self.job_id}.") or not is_export_id(self.export_id):
+        # Job ids may hold dots: `a.merged.adapter` is an export of job `a.merged`, not of `a`.
+        ggufs = {export_id_of(self.job_id, ExportType.GGUF, quantization) for quantization in QUANTIZATIONS}
+        others = {export_id_of(self.job_id, kind, None) for kind in (ExportType.ADAPTER, ExportType.MERGED)}
+        if not is_job_id(self.job_id) or self.export_id not in ggufs | others:
             raise ValueError(f"export_id {self.export_id!r} is not an export of job {self.job_id!r}")
         return self

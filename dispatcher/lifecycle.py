@@ -1,14 +1,23 @@
 """How an export may change: one table of moves, one pure function, and a few named shorthands.
 
-Whoever stores the result does so by compare-and-set on `revision`, so two contenders that both computed a legal
-move still cannot both make it.
+Whoever stores the result does so by compare-and-set on `revision`, so two contenders that both computed a
+legal move still cannot both make it.
 """
 
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from dispatcher.contract import Artifact, ExportRecord, Failure, Lease, State
+from dispatcher.contract import (
+    DEFAULT_QUANTIZATION,
+    Artifact,
+    ExportRecord,
+    ExportRequest,
+    ExportType,
+    Failure,
+    Lease,
+    State,
+)
 from dispatcher.errors import IllegalTransition, LeaseHeld, LeaseLost
 
 Q, S, R = State.QUEUED, State.STARTING, State.RUNNING
@@ -119,6 +128,40 @@ def _effects(record: ExportRecord, to: State, by: Actor) -> dict[str, Any]:
     return {"stage": None}
 
 
+def requested(
+    request: ExportRequest, *, user_id: str, adapter_fingerprint: str, token_ref: str | None, now: datetime
+) -> ExportRecord:
+    """The first record of an export that nobody asked for before: queued, not yet published."""
+    return ExportRecord(
+        export_id=request.export_id,
+        job_id=request.job_id,
+        user_id=user_id,
+        export_type=request.export_type,
+        quantization=request.quantization
+        or (DEFAULT_QUANTIZATION if request.export_type is ExportType.GGUF else None),
+        state=Q,
+        adapter_fingerprint=adapter_fingerprint,
+        token_ref=token_ref,
+        created_at=now,
+        updated_at=now,
+    )
+
+
+def delivered(
+    record: ExportRecord, *, adapter: Artifact, adapter_fingerprint: str, now: datetime
+) -> ExportRecord:
+    """An adapter's record: finished with the request itself, since the adapter is served as it lies.
+
+    Raises:
+        IllegalTransition: The export is of another type, which takes an exporter to complete.
+    """
+    if record.export_type is not ExportType.ADAPTER:
+        raise IllegalTransition(f"export {record.export_id} is no adapter: only its exporter can complete it")
+    done: dict[str, Any] = {"state": DONE, "stage": None, "progress": 1.0, "lease": None, "error": None}
+    done |= {"artifacts": (adapter,), "adapter_fingerprint": adapter_fingerprint, "token_ref": None}
+    return _changed(record, now, **done)
+
+
 def renewed(
     record: ExportRecord, *, holding: str, expires_at: datetime, stage: str, progress: float, now: datetime
 ) -> ExportRecord:
@@ -128,17 +171,25 @@ def renewed(
         LeaseLost: The export was cancelled, or its lease taken over.
     """
     if record.state is not R or record.lease is None or record.lease.lease_id != holding:
-        raise LeaseLost(f"export {record.export_id} is {record.state} and no longer ours: stop before the next write")
+        raise LeaseLost(
+            f"export {record.export_id} is {record.state} and no longer ours: stop before the next write"
+        )
     lease = record.lease.model_copy(update={"expires_at": expires_at})
     return _changed(record, now, lease=lease, stage=stage, progress=min(max(progress, 0.0), 1.0))
 
 
-def completed(record: ExportRecord, *, holding: str, artifacts: tuple[Artifact, ...], now: datetime, **changes: Any) -> ExportRecord:
+def completed(
+    record: ExportRecord, *, holding: str, artifacts: tuple[Artifact, ...], now: datetime, **changes: Any
+) -> ExportRecord:
     """The commit: the manifest is there, and the record says so."""
-    return transition(record, DONE, by=Actor.EXPORTER, holding=holding, now=now, artifacts=artifacts, **changes)
+    return transition(
+        record, DONE, by=Actor.EXPORTER, holding=holding, now=now, artifacts=artifacts, **changes
+    )
 
 
-def failed(record: ExportRecord, *, by: Actor, error: Failure, now: datetime, holding: str | None = None) -> ExportRecord:
+def failed(
+    record: ExportRecord, *, by: Actor, error: Failure, now: datetime, holding: str | None = None
+) -> ExportRecord:
     """The verdict; a token that no retry can use any more is dropped from the record."""
     kept = record.token_ref if error.retryable else None
     return transition(record, FAILED, by=by, holding=holding, now=now, error=error, token_ref=kept)
@@ -154,4 +205,6 @@ def noted(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:
 
 def _changed(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:
     fields = {name: getattr(record, name) for name in ExportRecord.model_fields}
-    return ExportRecord.model_validate({**fields, **changes, "revision": record.revision + 1, "updated_at": now})
+    return ExportRecord.model_validate(
+        {**fields, **changes, "revision": record.revision + 1, "updated_at": now}
+    )

@@ -1,0 +1,108 @@
+"""One JSON object a line, as Cloud Logging reads it, with trace and ids and without secrets."""
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+MAX_TEXT = 8_000
+"""Longest text of a field, in characters; Cloud Logging refuses entries over 256 KiB."""
+_SECRETS = (
+    (re.compile(r"hf_[A-Za-z0-9]{6,}"), "hf_[removed]"),
+    (re.compile(r"(?i)\b(bearer\s+)[A-Za-z0-9._~+/=-]+"), r"\1[removed]"),
+)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+_BOUND: ContextVar[Mapping[str, Any]] = ContextVar("gemma_export_log_fields", default={})  # noqa: B039  # never mutated
+
+
+def redact(text: str) -> str:
+    """`text` without Hugging Face and bearer tokens: for log lines and for error texts in records."""
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def clean(text: str, *, limit: int = MAX_TEXT) -> str:
+    """`text` without secrets, with control characters escaped and what is over `limit` characters cut."""
+    # Redacted before the cut, or a cut through a token would leave its first half.
+    text = _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), redact(text))
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text) - limit} more characters)"
+
+
+@contextmanager
+def bound(**fields: Any) -> Iterator[None]:
+    """Adds fields to every line logged inside, in this thread: ids of a request, a message, an export."""
+    token = _BOUND.set({**_BOUND.get(), **fields})
+    try:
+        yield
+    finally:
+        _BOUND.reset(token)
+
+
+def trace_fields(traceparent: str | None, project_id: str | None) -> dict[str, str]:
+    """Cloud Logging's trace fields for a W3C `traceparent`; none when it is missing or malformed."""
+    match = _TRACEPARENT.fullmatch(traceparent or "")
+    if not match:
+        return {}
+    trace = f"projects/{project_id}/traces/{match[1]}" if project_id else match[1]
+    return {"logging.googleapis.com/trace": trace, "logging.googleapis.com/spanId": match[2]}
+
+
+class SecretFilter(logging.Filter):
+    """Settles a record's texts for good: arguments merged, tokens removed, control characters escaped."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError):
+            message = f"{record.msg!s} (its arguments do not fit: {record.args!r})"
+        record.msg, record.args = clean(message), ()
+        if record.exc_info and not record.exc_text:
+            record.exc_text = logging.Formatter().formatException(record.exc_info)
+        if record.exc_text:
+            record.exc_text = clean(record.exc_text)
+            # A later formatter would otherwise render the exception again, token and all.
+            record.exc_info = None
+        return True
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON: severity, message, time, logger, ids, extra fields, exception."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._fields = dict(fields)
+
+    def format(self, record: logging.LogRecord) -> str:
+        extra = {name: value for name, value in vars(record).items() if name not in _STANDARD}
+        fields = {**self._fields, **_BOUND.get(), **extra}
+        line: dict[str, Any] = {
+            "severity": record.levelname,
+            "message": clean(record.getMessage()),
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
+            "logger": record.name,
+            **{name: _plain(value) for name, value in fields.items() if value is not None},
+        }
+        if record.exc_text:
+            line["exception"] = record.exc_text
+        return json.dumps(line)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, bool | int | float) else clean(str(value))
+
+
+def configure(stream: TextIO, fields: Mapping[str, Any] | None = None, *, level: int = logging.INFO) -> None:
+    """Send all logging of this process to `stream`, one JSON object a line, each with `fields`."""
+    handler = logging.StreamHandler(stream)
+    handler.addFilter(SecretFilter())
+    handler.setFormatter(JsonFormatter(fields or {}))
+    logging.basicConfig(handlers=[handler], level=level, force=True)
+    # httpx logs every request URL at INFO: noise in a log that has its own line per request.
+    logging.getLogger("httpx").setLevel(logging.WARNING)

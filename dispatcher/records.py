@@ -1,0 +1,299 @@
+"""Where records are kept: training jobs (read, and written back to) and exports (compare-and-set)."""
+
+import json
+import sqlite3
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
+
+import pydantic
+
+from dispatcher.contract import ExportRecord, State, TrainingJob
+from dispatcher.errors import ExportError, Misconfigured, NotFound, SourceError, Unavailable
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS training_jobs (job_id TEXT PRIMARY KEY, document TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS exports (
+    export_id TEXT PRIMARY KEY, job_id TEXT NOT NULL, user_id TEXT NOT NULL, state TEXT NOT NULL,
+    revision INTEGER NOT NULL, document TEXT NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS exports_by_user ON exports (user_id, state);
+CREATE INDEX IF NOT EXISTS exports_by_job ON exports (job_id);
+"""
+_UPDATE_ATTEMPTS = 50
+
+
+class RecordStore(Protocol):
+    """The documents `training_jobs/{job_id}` and `exports/{export_id}`.
+
+    Every method raises Unavailable when the store does not answer; nothing was changed then.
+    """
+
+    def get_job(self, job_id: str) -> TrainingJob | None:
+        """The training job, or None.
+
+        Raises:
+            SourceError: The document lacks what an export needs (`job_document_invalid`).
+        """
+
+    def put_job(self, job_id: str, document: dict[str, Any]) -> bool:
+        """Create the document; False when there is one already, which stays as it is."""
+
+    def get_export(self, export_id: str) -> ExportRecord | None:
+        """The record, or None."""
+
+    def create_export(self, record: ExportRecord, *, job_result: Mapping[str, str] | None = None) -> bool:
+        """Create the record; False when there is one already, which stays as it is."""
+
+    def replace_export(
+        self, old: ExportRecord, new: ExportRecord, *, job_result: Mapping[str, str] | None = None
+    ) -> bool:
+        """Put `new` in the place of `old`; False when the stored revision is not `old`'s any more.
+
+        `job_result` holds dotted paths ("artifacts.raw.merged") that are set in the training job's document
+        in the same transaction; nothing else of that document is touched.
+        """
+
+    def list_exports(
+        self,
+        *,
+        user_id: str | None = None,
+        job_id: str | None = None,
+        states: Collection[State] | None = None,
+        limit: int = 100,
+        after: str | None = None,
+    ) -> list[ExportRecord]:
+        """At most `limit` records ordered by export id, those after the id `after`."""
+
+
+def update(
+    store: RecordStore,
+    export_id: str,
+    change: Callable[[ExportRecord], ExportRecord | None],
+    *,
+    job_result: Mapping[str, str] | None = None,
+) -> ExportRecord:
+    """Read, change, compare-and-set, again until it holds; the record as it is then.
+
+    `change` must be pure, since it runs again whenever someone else was faster. None means: leave it.
+
+    Raises:
+        NotFound: There is no such export (`export_not_found`).
+        Unavailable: Others were faster too many times.
+    """
+    for _ in range(_UPDATE_ATTEMPTS):
+        old = store.get_export(export_id)
+        if old is None:
+            raise NotFound(f"there is no export {export_id}", code="export_not_found")
+        new = change(old)
+        if new is None:
+            return old
+        if store.replace_export(old, new, job_result=job_result):
+            return new
+    raise Unavailable(f"export {export_id} keeps changing under us: ask again")
+
+
+def every_export(store: RecordStore, states: Collection[State], *, page: int = 100) -> Iterator[ExportRecord]:
+    """Every record in one of `states`, page by page."""
+    after: str | None = None
+    while records := store.list_exports(states=states, limit=page, after=after):
+        yield from records
+        after = records[-1].export_id
+
+
+class SqliteRecords:
+    """Records in one SQLite file, shared by threads and processes."""
+
+    def __init__(self, path: Path, *, busy_seconds: float = 10.0) -> None:
+        self._path = path
+        self._busy_seconds = busy_seconds
+        # One connection per thread at a time, reused: a threaded server makes a thread per request.
+        self._idle: list[sqlite3.Connection] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def get_job(self, job_id: str) -> TrainingJob | None:
+        with self._connection() as connection:
+            row = connection.execute(
+                "SELECT document FROM training_jobs WHERE job_id = ?", (job_id,)
+            ).fetchone()
+        if row is None:
+            return None
+        try:
+            return TrainingJob.from_document(job_id, json.loads(row[0]))
+        except pydantic.ValidationError as error:
+            raise invalid_job(job_id, error) from error
+
+    def put_job(self, job_id: str, document: dict[str, Any]) -> bool:
+        with self._connection() as connection:
+            cursor = connection.execute(
+                "INSERT INTO training_jobs VALUES (?, ?) ON CONFLICT DO NOTHING",
+                (job_id, json.dumps(document)),
+            )
+            return cursor.rowcount == 1
+
+    def get_export(self, export_id: str) -> ExportRecord | None:
+        with self._connection() as connection:
+            row = connection.execute(
+                "SELECT document FROM exports WHERE export_id = ?", (export_id,)
+            ).fetchone()
+        return None if row is None else _record(export_id, row[0])
+
+    def create_export(self, record: ExportRecord, *, job_result: Mapping[str, str] | None = None) -> bool:
+        row = (record.export_id, record.job_id, record.user_id, record.state, record.revision, _text(record))
+        with self._transaction() as connection:
+            cursor = connection.execute(
+                "INSERT INTO exports VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row
+            )
+            if cursor.rowcount == 1:
+                _write_back(connection, record.job_id, job_result)
+            return cursor.rowcount == 1
+
+    def replace_export(
+        self, old: ExportRecord, new: ExportRecord, *, job_result: Mapping[str, str] | None = None
+    ) -> bool:
+        row = (new.job_id, new.user_id, new.state, new.revision, _text(new), old.export_id, old.revision)
+        with self._transaction() as connection:
+            cursor = connection.execute(
+                "UPDATE exports SET job_id = ?, user_id = ?, state = ?, revision = ?, document = ? "
+                "WHERE export_id = ? AND revision = ?",
+                row,
+            )
+            if cursor.rowcount == 1:
+                _write_back(connection, new.job_id, job_result)
+            return cursor.rowcount == 1
+
+    def list_exports(
+        self,
+        *,
+        user_id: str | None = None,
+        job_id: str | None = None,
+        states: Collection[State] | None = None,
+        limit: int = 100,
+        after: str | None = None,
+    ) -> list[ExportRecord]:
+        query = (
+            "SELECT export_id, document FROM exports WHERE (:user IS NULL OR user_id = :user) "
+            "AND (:job IS NULL OR job_id = :job) AND (:after IS NULL OR export_id > :after) "
+            "AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states))) "
+            "ORDER BY export_id LIMIT :limit"
+        )
+        wanted = None if states is None else json.dumps(sorted(states))
+        values = {"user": user_id, "job": job_id, "after": after, "states": wanted, "limit": limit}
+        with self._connection() as connection:
+            return [
+                _record(export_id, text) for export_id, text in connection.execute(query, values).fetchall()
+            ]
+
+    def close(self) -> None:
+        """Close the idle connections; those in use are closed when they come back."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """A connection of our own for now.
+
+        Raises:
+            Unavailable: The file is locked for too long, cannot be read or written, or is no database.
+        """
+        try:
+            with self._lock:
+                connection = self._idle.pop() if self._idle else None
+            connection = connection or self._connect()
+            try:
+                yield connection
+            except BaseException:
+                connection.close()
+                raise
+            with self._lock:
+                keep = not self._closed
+                if keep:
+                    self._idle.append(connection)
+            if not keep:
+                connection.close()
+        except (sqlite3.Error, OSError) as error:
+            raise Unavailable(f"the record store {self._path} does not answer: {error}") from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._connection() as connection:
+            # Immediate: two writers that both began by reading could otherwise only deadlock.
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.execute("COMMIT")
+
+    def _connect(self) -> sqlite3.Connection:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(
+            self._path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False
+        )
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            # An accepted request must outlive a power cut, so every commit reaches the disk.
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.executescript(_SCHEMA)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+def invalid_job(job_id: str, error: pydantic.ValidationError) -> SourceError:
+    """What a store raises for a training job's document that cannot be used."""
+    fields = ", ".join(sorted({str(fault["loc"][0]) for fault in error.errors() if fault["loc"]}))
+    return SourceError(f"training job {job_id} lacks a usable {fields}", code="job_document_invalid")
+
+
+def with_result(document: dict[str, Any], job_result: Mapping[str, str]) -> dict[str, Any]:
+    """A copy of the document with each dotted path set, and everything else as it was."""
+    copy = dict(document)
+    for dotted, value in job_result.items():
+        *parents, leaf = dotted.split(".")
+        place = copy
+        for name in parents:
+            child = place.get(name)
+            place[name] = dict(child) if isinstance(child, dict) else {}
+            place = place[name]
+        place[leaf] = value
+    return copy
+
+
+def _write_back(connection: sqlite3.Connection, job_id: str, job_result: Mapping[str, str] | None) -> None:
+    row = connection.execute("SELECT document FROM training_jobs WHERE job_id = ?", (job_id,)).fetchone()
+    # The training service may have deleted its job meanwhile; the export is valid all the same.
+    if job_result and row is not None:
+        text = json.dumps(with_result(json.loads(row[0]), job_result))
+        connection.execute("UPDATE training_jobs SET document = ? WHERE job_id = ?", (text, job_id))
+
+
+def _text(record: ExportRecord) -> str:
+    return record.model_dump_json()
+
+
+def _record(export_id: str, text: str) -> ExportRecord:
+    try:
+        return ExportRecord.model_validate_json(text)
+    except pydantic.ValidationError as error:
+        message = (
+            f"the stored record of export {export_id} cannot be read; was it written by a newer version?"
+        )
+        raise ExportError(message, code="record_invalid") from error
+
+
+def open_records(url: str) -> RecordStore:
+    """The record store that a URL selects: `sqlite:///file` or `firestore://project/database`."""
+    parts = urlsplit(url)
+    if parts.scheme == "sqlite":
+        return SqliteRecords(Path(unquote(parts.path)))
+    if parts.scheme == "firestore":
+        raise Misconfigured(
+            f"record store {url!r}: Firestore is not in this build yet", code="not_available_yet"
+        )
+    raise Misconfigured(f"record store {url!r}: expected sqlite:///file or firestore://project/database")

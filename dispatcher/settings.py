@@ -1,0 +1,152 @@
+"""The one place that reads the environment, so that every other part is given its values."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+from dispatcher.errors import Misconfigured
+
+DEFAULT_BUCKET = "gemma-export-bucket"
+_SCHEMES = {
+    "RECORDS_URL": ("sqlite", "firestore"),
+    "ARTIFACTS_URL": ("file", "gs"),
+    "QUEUE_URL": ("inline", "pubsub"),
+    "RUNNER_URL": ("process", "run"),
+    "TOKENS_URL": ("file", "secretmanager"),
+}
+"""Per port: the embedded scheme, then Google's."""
+_CLOUD_VARIABLES = ("PROJECT_ID", "GCS_EXPORT_BUCKET_NAME", "K_SERVICE", "CLOUD_RUN_JOB")
+_ENGINES = ("auto", "streaming", "peft", "unsloth")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the environment decides; see `from_env` for the variables."""
+
+    home: Path
+    bucket: str
+    records_url: str
+    artifacts_url: str
+    queue_url: str
+    runner_url: str
+    tokens_url: str
+    embedded: bool
+    """No cloud setting anywhere: only then may a local user exist."""
+    project_id: str | None = None
+    lease_seconds: int = 120
+    max_unfinished_per_user: int = 20
+    max_attempts: int = 5
+    engine: str = "auto"
+    export_id: str | None = None
+    lease_id: str | None = None
+    execution: str | None = None
+    task_attempt: int = 0
+    hf_token: str | None = field(default=None, repr=False)
+    traceparent: str | None = None
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
+        """Read the settings; an empty variable counts as one that is not set.
+
+        Raises:
+            Misconfigured: A variable has a value that cannot be meant; the message names it, what was found
+                and what is expected.
+        """
+        env = {name: value for name, value in environ.items() if value.strip()}
+        home = Path(env.get("GEMMA_EXPORT_HOME", ".gemma-export")).expanduser().absolute()
+        project = env.get("PROJECT_ID")
+        bucket = env.get("GCS_EXPORT_BUCKET_NAME", DEFAULT_BUCKET)
+        defaults = _google_urls(project, bucket, env) if project else _embedded_urls(home)
+        urls = {name: _url(env, name, default) for name, default in defaults.items()}
+        cloud = any(name in env for name in _CLOUD_VARIABLES)
+        cloud = cloud or any(urlsplit(url).scheme != _SCHEMES[name][0] for name, url in urls.items())
+        return cls(
+            home=home,
+            bucket=bucket,
+            records_url=urls["RECORDS_URL"],
+            artifacts_url=urls["ARTIFACTS_URL"],
+            queue_url=urls["QUEUE_URL"],
+            runner_url=urls["RUNNER_URL"],
+            tokens_url=urls["TOKENS_URL"],
+            embedded=not cloud,
+            project_id=project,
+            lease_seconds=_number(env, "LEASE_SECONDS", cls.lease_seconds, at_least=1),
+            max_unfinished_per_user=_number(
+                env, "MAX_UNFINISHED_PER_USER", cls.max_unfinished_per_user, at_least=1
+            ),
+            max_attempts=_number(env, "MAX_ATTEMPTS", cls.max_attempts, at_least=1),
+            engine=_choice(env, "ENGINE", cls.engine, _ENGINES),
+            export_id=env.get("EXPORT_ID"),
+            lease_id=env.get("LEASE_ID"),
+            execution=env.get("CLOUD_RUN_EXECUTION"),
+            task_attempt=_number(env, "CLOUD_RUN_TASK_ATTEMPT", 0, at_least=0),
+            hf_token=env.get("HF_TOKEN"),
+            traceparent=env.get("TRACEPARENT"),
+        )
+
+    @property
+    def log_dir(self) -> Path:
+        """Where the embedded runner keeps one log file per execution."""
+        return self.home / "logs"
+
+    def to_environment(self) -> dict[str, str]:
+        """The variables that make a child process open the very same stores. Never holds a secret."""
+        environment = {
+            "GEMMA_EXPORT_HOME": str(self.home),
+            "RECORDS_URL": self.records_url,
+            "ARTIFACTS_URL": self.artifacts_url,
+            "QUEUE_URL": self.queue_url,
+            "RUNNER_URL": self.runner_url,
+            "TOKENS_URL": self.tokens_url,
+            "LEASE_SECONDS": str(self.lease_seconds),
+            "MAX_ATTEMPTS": str(self.max_attempts),
+            "ENGINE": self.engine,
+        }
+        if self.project_id:
+            environment |= {"PROJECT_ID": self.project_id, "GCS_EXPORT_BUCKET_NAME": self.bucket}
+        return environment
+
+
+def _embedded_urls(home: Path) -> dict[str, str]:
+    return {
+        "RECORDS_URL": f"sqlite://{quote(str(home / 'records.db'))}",
+        "ARTIFACTS_URL": (home / "artifacts").as_uri(),
+        "QUEUE_URL": "inline:",
+        "RUNNER_URL": "process:",
+        "TOKENS_URL": (home / "tokens").as_uri(),
+    }
+
+
+def _google_urls(project: str, bucket: str, env: Mapping[str, str]) -> dict[str, str]:
+    region, job = env.get("REGION", "us-central1"), env.get("EXPORTER_JOB", "gemma-exporter")
+    return {
+        "RECORDS_URL": f"firestore://{project}/(default)",
+        "ARTIFACTS_URL": f"gs://{bucket}",
+        "QUEUE_URL": f"pubsub://{project}/{env.get('EXPORT_TOPIC', 'gemma-export')}",
+        "RUNNER_URL": f"run://{project}/{region}/{job}",
+        "TOKENS_URL": f"secretmanager://{project}",
+    }
+
+
+def _url(env: Mapping[str, str], name: str, default: str) -> str:
+    url = env.get(name, default)
+    if urlsplit(url).scheme not in _SCHEMES[name]:
+        ours, googles = _SCHEMES[name]
+        raise Misconfigured(f"{name} is {url!r}: expected a URL that starts with {ours}: or {googles}:")
+    return url
+
+
+def _number(env: Mapping[str, str], name: str, default: int, *, at_least: int) -> int:
+    text = env.get(name, str(default))
+    if not text.strip().isascii() or not text.strip().isdigit() or int(text) < at_least:
+        raise Misconfigured(f"{name} is {text!r}: expected a whole number of at least {at_least}")
+    return int(text)
+
+
+def _choice(env: Mapping[str, str], name: str, default: str, choices: tuple[str, ...]) -> str:
+    text = env.get(name, default)
+    if text not in choices:
+        raise Misconfigured(f"{name} is {text!r}: expected one of {', '.join(choices)}")
+    return text
