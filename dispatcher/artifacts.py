@@ -69,6 +69,9 @@ class ArtifactStore(Protocol):
     def create(self, path: str) -> ArtifactWriter:
         """Start writing the file at a path inside the store."""
 
+    def children(self, path: str) -> list[str]:
+        """The names directly under a path inside the store, of files and of folders, unpublished ones too."""
+
     def list(self, uri: str, *, checksums: bool = True) -> list[StoredFile]:
         """Every published file under a URI or plain path, recursively, by name; none when nothing is there.
 
@@ -138,9 +141,7 @@ def path_of(uri: str) -> Path:
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         text = unquote(parts.path)
     elif "://" in uri or parts.scheme == "file":
-        raise SourceError(
-            f"{uri!r} is not on this machine: expected a file:// URI or a path", code="uri_unsupported"
-        )
+        raise SourceError(f"{uri!r} is not on this machine: expected a file:// URI or a path", code="uri_unsupported")
     else:
         text = uri
     if not text or "\0" in text:
@@ -162,14 +163,15 @@ class LocalArtifacts:
     def create(self, path: str) -> ArtifactWriter:
         return _LocalWriter(self, self._inside(path))
 
+    def children(self, path: str) -> list[str]:
+        top = self._inside(path)
+        return sorted(os.listdir(top)) if top.is_dir() else []
+
     def list(self, uri: str, *, checksums: bool = True) -> list[StoredFile]:
         top = path_of(uri)
         if not top.is_dir():
             return []
-        found = [
-            StoredFile(name, size, self.checksum(path) if checksums else "")
-            for name, path, size in _walk(top)
-        ]
+        found = [StoredFile(name, size, self.checksum(path) if checksums else "") for name, path, size in _walk(top)]
         return sorted(found, key=lambda file: file.name)
 
     def read(self, uri: str, *, limit: int = SMALL_FILE_LIMIT) -> bytes:
@@ -283,9 +285,7 @@ class _LocalWriter:
         self._descriptor = -1
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(
-                self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644
-            )
+            self._descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise self._translated(error) from error
 
@@ -357,9 +357,7 @@ class _LocalWriter:
 
     def _translated(self, error: OSError) -> StorageFull | Unavailable:
         if error.errno in _FULL:
-            return StorageFull(
-                f"no room left for {self._target} after {self._size} bytes: free some and ask again"
-            )
+            return StorageFull(f"no room left for {self._target} after {self._size} bytes: free some and ask again")
         return Unavailable(f"{self._target} cannot be written: {error.strerror}")
 
 
@@ -369,7 +367,5 @@ def open_artifacts(url: str) -> ArtifactStore:
     if parts.scheme == "file":
         return LocalArtifacts(path_of(url))
     if parts.scheme == "gs":
-        raise Misconfigured(
-            f"artifact store {url!r}: Cloud Storage is not in this build yet", code="not_available_yet"
-        )
+        raise Misconfigured(f"artifact store {url!r}: Cloud Storage is not in this build yet", code="not_available_yet")
     raise Misconfigured(f"artifact store {url!r}: expected file:///directory or gs://bucket")

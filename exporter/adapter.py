@@ -93,9 +93,7 @@ def read_adapter(directory: Path) -> Adapter:
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_NAME
     if not path.is_file():
-        raise SourceError(
-            f"{directory} has no {CONFIG_NAME}: it is not a PEFT adapter.", code="adapter_config_missing"
-        )
+        raise SourceError(f"{directory} has no {CONFIG_NAME}: it is not a PEFT adapter.", code="adapter_config_missing")
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
@@ -161,7 +159,8 @@ def _pair(module: str, half: dict[str, Tensor], config: dict[str, Any]) -> LoraP
     if half.keys() != {"A", "B"}:
         missing = ({"A", "B"} - half.keys()).pop()
         raise AdapterMismatch(
-            f"module {module[:200]!r} lacks lora_{missing}: the file is incomplete.", code="adapter_half_missing"
+            f"module {module[:200]!r} lacks lora_{missing}: the file is incomplete.",
+            code="adapter_half_missing",
         )
     a, b = half["A"], half["B"]
     for tensor in (a, b):

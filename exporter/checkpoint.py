@@ -81,7 +81,9 @@ def read_tensor_file(path: Path) -> TensorFile:
     """
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        tensors, metadata = parse_header(lambda offset, length: os.pread(file.fileno(), length, offset), size, path.name)
+        tensors, metadata = parse_header(
+            lambda offset, length: os.pread(file.fileno(), length, offset), size, path.name
+        )
     return TensorFile(path, size, tensors, metadata)
 
 

@@ -58,8 +58,7 @@ def merge_with_peft(base: Base, adapter: Path, output: Path) -> tuple[int, int]:
     missing = given - set(get_peft_model_state_dict(wrapped))
     if missing or applied != len(given):
         raise AdapterMismatch(
-            f"PEFT applied {applied} tensors, the adapter has {len(given)}; "
-            f"first not applied: {sorted(missing)[:1]}.",
+            f"PEFT applied {applied} tensors, the adapter has {len(given)}; first not applied: {sorted(missing)[:1]}.",
             code="adapter_unmatched",
         )
     merged = wrapped.merge_and_unload()

@@ -32,9 +32,7 @@ def fold(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -
     return (weight.float() + (b.float() @ a.float()) * scale).to(weight.dtype)
 
 
-def fold_rows_(
-    rows: torch.Tensor, a: torch.Tensor, b_rows: torch.Tensor, scale: float, scratch: torch.Tensor
-) -> None:
+def fold_rows_(rows: torch.Tensor, a: torch.Tensor, b_rows: torch.Tensor, scale: float, scratch: torch.Tensor) -> None:
     """Merge some rows of a weight in place, allocating nothing.
 
     Args:

@@ -44,7 +44,12 @@ def library_versions() -> dict[str, str]:
 
 
 def manifest_of(
-    identity: Identity, *, adapter_uri: str, files: list[StoredFile], tensors: dict[str, Any], verified: dict[str, Any]
+    identity: Identity,
+    *,
+    adapter_uri: str,
+    files: list[StoredFile],
+    tensors: dict[str, Any],
+    verified: dict[str, Any],
 ) -> dict[str, Any]:
     """The comparable part of a manifest: everything but `run`."""
     return {

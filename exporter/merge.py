@@ -58,7 +58,10 @@ def write_merged(planned: OutputFile, adapter: Adapter, sink: Sink, on_bytes: On
     """
     widest = max((tensor.shape[1] * 4 for tensor in planned.source.tensors if tensor.name in planned.merges), default=0)
     scratch = torch.empty(max(BLOCK_BYTES, widest) // 2, dtype=torch.float32)
-    with planned.source.path.open("rb", buffering=0) as source, _WriteBehind(sink, max(BLOCK_BYTES, widest)) as pipe:
+    with (
+        planned.source.path.open("rb", buffering=0) as source,
+        _WriteBehind(sink, max(BLOCK_BYTES, widest)) as pipe,
+    ):
         pipe.write(planned.header)
         on_bytes(len(planned.header))
         for step in _steps(planned):

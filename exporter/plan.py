@@ -133,7 +133,10 @@ def _resolve(
 
 
 def _tower_of(
-    astray: list[tuple[LoraPair, str]], names: dict[str, list[str]], tensors: dict[str, Tensor], found: list[str]
+    astray: list[tuple[LoraPair, str]],
+    names: dict[str, list[str]],
+    tensors: dict[str, Tensor],
+    found: list[str],
 ) -> str:
     """The one tower under which all of `astray` fit by name and shape.
 

@@ -75,7 +75,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
             raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
         config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"the base's config.json cannot be read: {str(error)[:200]}.", code="base_config_invalid") from error
+        raise SourceError(
+            f"the base's config.json cannot be read: {str(error)[:200]}.", code="base_config_invalid"
+        ) from error
     if not isinstance(config, dict):
         raise SourceError("the base's config.json is not a JSON object.", code="base_config_invalid")
     return config
@@ -114,7 +116,8 @@ def _from_hub(model_id: str, revision: str | None, token: str | None) -> Base:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status == 401:
             raise SourceError(
-                f"the hub refused the token for {where}: POST again with a valid hf_token.", code="hub_token_invalid"
+                f"the hub refused the token for {where}: POST again with a valid hf_token.",
+                code="hub_token_invalid",
             ) from error
         raise Unavailable(f"the hub did not deliver {where}: try again later.", code="hub_unavailable") from error
     return Base(model_id, directory.name, directory, _read_config(directory))

@@ -20,6 +20,8 @@ SAMPLED_BYTES = 65536
 FLOAT32_EPS = 2.0**-24
 
 Item = TypeVar("Item")
+_Place = tuple[OutputFile, str, Tensor, int]
+"""A tensor of the output: its file, that file's URI, and the offset of its bytes there."""
 
 
 def verify_merged(store: ArtifactStore, directory: str, plan: Plan, adapter: Adapter) -> dict[str, Any]:
@@ -37,7 +39,8 @@ def verify_merged(store: ArtifactStore, directory: str, plan: Plan, adapter: Ada
     if plan.merged == 0:
         raise VerificationFailed("the plan merges no tensor at all.", code="nothing_changed")
     sizes = {file.name: file.size for file in store.list(store.uri(directory), checksums=False)}
-    merged, copied = [], []
+    merged: list[_Place] = []
+    copied: list[_Place] = []
     for planned in plan.files:
         uri = store.uri(f"{directory}/{planned.name}")
         if sizes.get(planned.name) != planned.size or store.read_range(uri, 0, len(planned.header)) != planned.header:
@@ -106,7 +109,8 @@ def _merge_error(
         error = (found.double() - exact).abs()
         if not bool((error <= 0.5 * ulp + (pair.rank + 3) * FLOAT32_EPS * size).all()):
             raise VerificationFailed(
-                f"row {row} of {tensor.name} is off by {float((error / ulp).max()):.3g} ulp.", code="merge_wrong"
+                f"row {row} of {tensor.name} is off by {float((error / ulp).max()):.3g} ulp.",
+                code="merge_wrong",
             )
         worst = max(worst, float((error / ulp).max())) if width else worst
     return worst

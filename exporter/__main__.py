@@ -1,0 +1,89 @@
+"""`python -m exporter JOB_ID`: what the cloud runs, what an operator reruns by hand, and what a laptop starts."""
+
+import argparse
+import logging
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from types import FrameType
+
+from dispatcher import logs
+from dispatcher.artifacts import open_artifacts
+from dispatcher.contract import QUANTIZATIONS, ExportType, is_job_id
+from dispatcher.errors import ExportError, InvalidRequest
+from dispatcher.records import open_records
+from dispatcher.settings import Settings
+from dispatcher.tokens import open_tokens
+
+log = logging.getLogger("exporter")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read arguments and environment, run the job, and return the exit code (see `job.ExitCode`)."""
+    args = _parser().parse_args(arguments)
+    stop = threading.Event()
+    _stop_on_sigterm(stop)
+    try:
+        settings = Settings.from_env()
+        fields = {
+            "job_id": args.job_id,
+            "execution": settings.execution,
+            **logs.trace_fields(settings.traceparent, settings.project_id),
+        }
+        logs.configure(sys.stderr, fields)
+        if not is_job_id(args.job_id):
+            raise InvalidRequest(f"{args.job_id[:80]!r} is not a job id.", code="invalid_job_id")
+        if args.quantization and args.export_type != ExportType.GGUF:
+            raise InvalidRequest("--quantization goes with --export-type gguf.", code="invalid_request")
+        # After the cheap checks: it brings in torch.
+        from exporter.job import Order, Stores, run_job
+
+        order = Order(
+            job_id=args.job_id,
+            execution=settings.execution or f"local-{secrets.token_hex(6)}",
+            engine=args.engine or settings.engine,
+            export_id=settings.export_id,
+            lease_id=settings.lease_id,
+            export_type=ExportType(args.export_type) if args.export_type else None,
+            quantization=args.quantization,
+            force_nonce=secrets.token_hex(4) if args.force else None,
+        )
+        stores = Stores(
+            records=open_records(settings.records_url),
+            artifacts=open_artifacts(settings.artifacts_url),
+            tokens=open_tokens(settings.tokens_url),
+            lease_seconds=settings.lease_seconds,
+            max_attempts=settings.max_attempts,
+            hf_token=settings.hf_token,
+        )
+        return run_job(order, stores, stop)
+    except ExportError as error:
+        log.error("%s (%s)", error.message, error.error_code)
+        return 75 if error.retryable else 1
+
+
+def _stop_on_sigterm(stop: threading.Event) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, handle)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m exporter",
+        description="Make the exports of a training job: every unfinished or failed one, or the one asked for.",
+        epilog="Exit codes: 0 nothing is left to do, 1 failed for good (the record says why), 75 try again.",
+    )
+    parser.add_argument("job_id", metavar="JOB_ID")
+    parser.add_argument("--export-type", choices=[kind.value for kind in ExportType], help="this one, requested or not")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="with --export-type gguf")
+    parser.add_argument("--engine", choices=("auto", "streaming", "peft"), help="default: ENGINE, else auto")
+    parser.add_argument("--force", action="store_true", help="make even a finished export anew, as a new version")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

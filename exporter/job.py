@@ -1,0 +1,274 @@
+"""What one execution does: find the exports of a job, claim each, make it, record how that went."""
+
+import logging
+import threading
+from dataclasses import dataclass
+from enum import IntEnum
+
+from dispatcher.artifacts import ArtifactStore
+from dispatcher.contract import (
+    DEFAULT_QUANTIZATION,
+    RESULT_FIELD,
+    UNFINISHED,
+    ExportRecord,
+    ExportType,
+    Failure,
+    State,
+    TrainingJob,
+    export_id_of,
+)
+from dispatcher.errors import (
+    ExportError,
+    IllegalTransition,
+    LeaseHeld,
+    LeaseLost,
+    NotAvailable,
+    NotFound,
+    SourceError,
+    Unavailable,
+)
+from dispatcher.lifecycle import Actor, completed, failed, transition
+from dispatcher.logs import clean
+from dispatcher.records import RecordStore, update
+from dispatcher.tokens import TokenStore
+from exporter.lease import Claim, Heartbeat, Interrupted, claim, utc_now
+from exporter.merged import Result, export_merged
+
+log = logging.getLogger(__name__)
+MAX_ERROR_CHARACTERS = 2000
+
+
+class ExitCode(IntEnum):
+    """What the platform learns from the process."""
+
+    DONE = 0
+    """Nothing is left for this execution to do."""
+    FAILED = 1
+    """Failed for good; the record says why."""
+    TRY_AGAIN = 75
+    """A passing fault (EX_TEMPFAIL of sysexits.h)."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What an execution was asked to do."""
+
+    job_id: str
+    execution: str
+    engine: str = "auto"
+    export_id: str | None = None
+    """The trigger's export; None when an operator runs the job."""
+    lease_id: str | None = None
+    """The trigger's lease on it."""
+    export_type: ExportType | None = None
+    """An operator's wish for one that nobody may have requested."""
+    quantization: str | None = None
+    force_nonce: str | None = None
+    """Set to make even a finished export anew."""
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The ports an execution needs, and what bounds it."""
+
+    records: RecordStore
+    artifacts: ArtifactStore
+    tokens: TokenStore
+    lease_seconds: int
+    max_attempts: int
+    hf_token: str | None = None
+    """The deployment's own Hugging Face token, used where the caller gave none."""
+
+
+def run_job(order: Order, stores: Stores, stop: threading.Event) -> ExitCode:
+    """Do every export that this order is about; one's failure does not keep the others from being made.
+
+    Raises:
+        ExportError: The order itself cannot be followed: no such job, no such export.
+    """
+    job = stores.records.get_job(order.job_id)
+    if job is None:
+        raise NotFound(f"there is no training job {order.job_id}.", code="job_not_found")
+    worst = ExitCode.DONE
+    for record in _ordered(order, stores, job):
+        worst = max(worst, _run_export(record, order, stores, job, stop))
+        if stop.is_set():
+            return max(worst, ExitCode.TRY_AGAIN)
+    return worst
+
+
+def _ordered(order: Order, stores: Stores, job: TrainingJob) -> list[ExportRecord]:
+    """The exports to do, first the one that was asked for."""
+    by_id = {record.export_id: record for record in stores.records.list_exports(job_id=job.job_id)}
+    if order.export_type is not None:
+        return [_wished(order, stores, job)]
+    if order.export_id is not None:
+        if order.export_id not in by_id:
+            raise NotFound(f"there is no export {order.export_id}.", code="export_not_found")
+        first = [by_id.pop(order.export_id)]
+        return first + [record for record in by_id.values() if record.state is State.QUEUED]
+    wanted = UNFINISHED | {State.FAILED} | ({State.COMPLETED} if order.force_nonce else set())
+    records = [
+        record for record in by_id.values() if record.state in wanted and record.export_type is not ExportType.ADAPTER
+    ]
+    return [_requeued(record, order, stores) for record in records]
+
+
+def _wished(order: Order, stores: Stores, job: TrainingJob) -> ExportRecord:
+    """The export of a type that an operator asks for, recorded now if nobody had requested it."""
+    if order.export_type is ExportType.ADAPTER:
+        raise NotAvailable(
+            "an adapter is exported by POST /export alone: there is nothing to run.", code="nothing_to_run"
+        )
+    kind = order.export_type or ExportType.MERGED
+    if job.status != State.COMPLETED:
+        raise SourceError(f"training job {job.job_id} is {job.status!r}, not completed.", code="job_not_completed")
+    now = utc_now()
+    quantization = (order.quantization or DEFAULT_QUANTIZATION) if kind is ExportType.GGUF else None
+    record = ExportRecord(
+        export_id=export_id_of(job.job_id, kind, quantization),
+        job_id=job.job_id,
+        user_id=job.user_id,
+        export_type=kind,
+        quantization=quantization,
+        state=State.QUEUED,
+        adapter_fingerprint=stores.artifacts.fingerprint(job.adapter_path or ""),
+        force_nonce=order.force_nonce,
+        created_at=now,
+        updated_at=now,
+    )
+    if stores.records.create_export(record):
+        return record
+    found = stores.records.get_export(record.export_id)
+    return _requeued(found or record, order, stores)
+
+
+def _requeued(record: ExportRecord, order: Order, stores: Stores) -> ExportRecord:
+    """An operator's rerun: failed and cancelled exports are queued again, finished ones when forced."""
+
+    def change(found: ExportRecord) -> ExportRecord | None:
+        again = found.state in (State.FAILED, State.CANCELLED) or (
+            found.state is State.COMPLETED and order.force_nonce is not None
+        )
+        if not again or found.execution == order.execution:
+            return None
+        return transition(
+            found,
+            State.QUEUED,
+            by=Actor.OPERATOR,
+            now=utc_now(),
+            force_nonce=order.force_nonce or found.force_nonce,
+        )
+
+    return update(stores.records, record.export_id, change)
+
+
+def _run_export(
+    record: ExportRecord, order: Order, stores: Stores, job: TrainingJob, stop: threading.Event
+) -> ExitCode:
+    if record.state is State.FAILED and record.execution == order.execution:
+        log.error("this execution has failed before: %s", record.error.message if record.error else "")
+        return ExitCode.FAILED
+    handed = order.lease_id if record.export_id == order.export_id else None
+    try:
+        claimed = claim(
+            stores.records,
+            record.export_id,
+            execution=order.execution,
+            handed=handed,
+            seconds=stores.lease_seconds,
+        )
+    except LeaseHeld as error:
+        log.info("left alone: %s", error.message)
+        return ExitCode.DONE
+    except IllegalTransition as error:
+        log.info("nothing to do: %s", error.message)
+        return ExitCode.DONE
+    log.info("claimed %s, attempt %d", record.export_id, claimed.record.attempt)
+    try:
+        with Heartbeat(stores.records, claimed, seconds=stores.lease_seconds, stop=stop) as heartbeat:
+            result = _make(claimed.record, order, stores, job, heartbeat)
+            heartbeat.check()
+        _commit(claimed, result, stores)
+    except LeaseLost as error:
+        log.warning("stopped: %s", error.message)
+        return ExitCode.DONE
+    except ExportError as error:
+        return _give_up(claimed, error, stores)
+    except Exception as error:
+        # The one broad catch: a fault of ours must end in the record, not only in a log.
+        log.exception("unexpected fault")
+        fault = ExportError(f"an unexpected fault: {type(error).__name__}: {error}")
+        return _give_up(claimed, fault, stores)
+    log.info("completed %s: %s", record.export_id, result.artifact.uri)
+    return ExitCode.DONE
+
+
+def _make(record: ExportRecord, order: Order, stores: Stores, job: TrainingJob, heartbeat: Heartbeat) -> Result:
+    if record.export_type is not ExportType.MERGED:
+        raise NotAvailable(
+            f"{record.export_type} exports are not in this build.", code=f"{record.export_type}_not_available"
+        )
+    token = stores.tokens.get(record.token_ref) if record.token_ref else stores.hf_token
+    return export_merged(stores.artifacts, job, record, engine=order.engine, token=token, report=heartbeat.report)
+
+
+def _commit(claimed: Claim, result: Result, stores: Stores) -> None:
+    """The compare-and-set that makes the export finished, and the result in the training job's document."""
+    kind = claimed.record.export_type
+    paths = {RESULT_FIELD[kind]: result.artifact.uri}
+    if kind is ExportType.MERGED:
+        paths["artifacts.raw.merged"] = result.artifact.uri
+
+    def change(record: ExportRecord) -> ExportRecord:
+        return completed(
+            record,
+            holding=claimed.lease_id,
+            artifacts=(result.artifact,),
+            now=utc_now(),
+            adapter_fingerprint=result.adapter_fingerprint,
+            summary=result.summary,
+        )
+
+    try:
+        update(stores.records, claimed.record.export_id, change, job_result=paths)
+    except IllegalTransition as error:
+        raise LeaseLost(f"finished, but {error.message}") from error
+    _drop_token(claimed.record, stores)
+
+
+def _give_up(claimed: Claim, error: ExportError, stores: Stores) -> ExitCode:
+    """Record why this attempt ended: back to the queue after a passing fault, else failed."""
+    record = claimed.record
+    again = error.retryable and (record.attempt < stores.max_attempts or isinstance(error, Interrupted))
+    log.error("%s: %s (%s)", record.export_id, error.message, error.error_code)
+
+    def change(found: ExportRecord) -> ExportRecord:
+        now = utc_now()
+        if again:
+            return transition(found, State.QUEUED, by=Actor.EXPORTER, now=now, holding=claimed.lease_id)
+        failure = Failure(
+            code=error.error_code,
+            message=clean(error.message, limit=MAX_ERROR_CHARACTERS),
+            retryable=error.retryable,
+        )
+        return failed(found, by=Actor.EXPORTER, error=failure, now=now, holding=claimed.lease_id)
+
+    try:
+        update(stores.records, record.export_id, change)
+    except IllegalTransition as lost:
+        log.warning("not recorded: %s", lost.message)
+        return ExitCode.DONE
+    except Unavailable as unavailable:
+        log.error("the verdict could not be recorded, the lease will run out: %s", unavailable.message)
+        return ExitCode.TRY_AGAIN
+    if again:
+        return ExitCode.TRY_AGAIN
+    if not error.retryable:
+        _drop_token(record, stores)
+    return ExitCode.FAILED
+
+
+def _drop_token(record: ExportRecord, stores: Stores) -> None:
+    if record.token_ref is not None:
+        stores.tokens.delete(record.token_ref)

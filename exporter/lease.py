@@ -1,0 +1,150 @@
+"""Holding an export while working on it: the claim, the heartbeat, and the moment to stop."""
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+
+from dispatcher.contract import ExportRecord, Lease, State
+from dispatcher.errors import ExportError, LeaseLost, Unavailable
+from dispatcher.lifecycle import Actor, renewed, transition
+from dispatcher.records import RecordStore, update
+
+log = logging.getLogger(__name__)
+BEAT_SECONDS = 1.0
+"""How often stage and progress are written, a cancellation is seen, and the lease is extended."""
+
+
+class Interrupted(ExportError):
+    """The machine is going away (SIGTERM): the export goes back to the queue."""
+
+    code = "interrupted"
+    retryable = True
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claimed export: its record as of then, and the lease that says it is ours."""
+
+    record: ExportRecord
+    lease_id: str
+
+
+def utc_now() -> datetime:
+    """The clock of records and leases."""
+    return datetime.now(UTC)
+
+
+def claim(records: RecordStore, export_id: str, *, execution: str, handed: str | None, seconds: int) -> Claim:
+    """Take an export, or take it over where the rules allow that.
+
+    Args:
+        records: The store.
+        export_id: Which export.
+        execution: Who takes it; the same execution's earlier attempt is taken over at once.
+        handed: The trigger's lease id, if it handed one.
+        seconds: How long the lease is good without a heartbeat.
+
+    Raises:
+        LeaseHeld: Someone else is at work on it.
+        IllegalTransition: Its state does not allow a claim.
+    """
+    lease_id = secrets.token_hex(16)
+
+    def change(record: ExportRecord) -> ExportRecord:
+        now = utc_now()
+        lease = Lease(lease_id=lease_id, owner=execution, expires_at=now + timedelta(seconds=seconds))
+        return transition(
+            record,
+            State.RUNNING,
+            by=Actor.EXPORTER,
+            now=now,
+            holding=handed,
+            lease=lease,
+            execution=execution,
+        )
+
+    return Claim(update(records, export_id, change), lease_id)
+
+
+class Heartbeat:
+    """Extends a lease from its own thread while the work goes on, and says when to stop.
+
+    Args:
+        records: The store.
+        claimed: What to hold.
+        seconds: How long each extension is good.
+        stop: Set by the SIGTERM handler.
+    """
+
+    def __init__(self, records: RecordStore, claimed: Claim, *, seconds: int, stop: threading.Event) -> None:
+        self._records = records
+        self._claim = claimed
+        self._seconds = seconds
+        self._stop = stop
+        self._stage, self._progress = "claimed", 0.0
+        self._lost: LeaseLost | None = None
+        self._expires = time.monotonic() + seconds
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> "Heartbeat":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._wake.set()
+        self._thread.join()
+
+    def report(self, stage: str, progress: float) -> None:
+        """Say how far the work is (0..1); written with the next beat.
+
+        Raises:
+            LeaseLost: The export was cancelled or taken over: stop before the next write.
+            Interrupted: The machine is going away.
+        """
+        self._stage, self._progress = stage, progress
+        self.check()
+
+    def check(self) -> None:
+        """As `report`, with nothing new to say."""
+        if self._lost is not None:
+            raise self._lost
+        if self._stop.is_set():
+            raise Interrupted("the machine is shutting down; the export goes back to the queue")
+        if time.monotonic() > self._expires:
+            raise LeaseLost(f"no heartbeat of {self._claim.record.export_id} got through for {self._seconds} s")
+
+    def _run(self) -> None:
+        while not self._wake.wait(min(BEAT_SECONDS, self._seconds / 4)):
+            started = time.monotonic()
+            try:
+                update(self._records, self._claim.record.export_id, self._renewed)
+            except LeaseLost as error:
+                self._lost = error
+                return
+            except Unavailable as error:
+                log.warning("heartbeat did not get through: %s", error)
+            else:
+                self._expires = started + self._seconds
+
+    def _renewed(self, record: ExportRecord) -> ExportRecord:
+        now = utc_now()
+        return renewed(
+            record,
+            holding=self._claim.lease_id,
+            expires_at=now + timedelta(seconds=self._seconds),
+            stage=self._stage,
+            progress=self._progress,
+            now=now,
+        )
+
+
+Report = Callable[[str, float], None]
+"""`Heartbeat.report`: what the recipe tells about its stage and fraction, and where it is stopped."""

@@ -1,0 +1,245 @@
+"""The recipe of a merged model: plan, write, verify, prove. What claims and records it is `exporter.job`."""
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dispatcher.artifacts import ArtifactStore, StoredFile, path_of
+from dispatcher.contract import Artifact, ExportRecord, ExportType, TrainingJob
+from dispatcher.errors import LeaseLost, NotAvailable, VerificationFailed
+from exporter import engines, merge
+from exporter.adapter import Adapter, read_adapter, refuse_not_finite
+from exporter.checkpoint import open_checkpoint
+from exporter.gemma import family_of
+from exporter.lease import Report
+from exporter.manifest import (
+    MANIFEST_NAME,
+    Identity,
+    manifest_of,
+    publish_manifest,
+    read_manifest,
+    still_holds,
+)
+from exporter.plan import Plan, plan_merge
+from exporter.sidefiles import write_side_files
+from exporter.sources import Base, open_base
+from exporter.verify import verify_merged
+
+log = logging.getLogger(__name__)
+ROOT = "merged_models"
+_WRITE_FROM, _WRITE_TO = 0.05, 0.9
+"""The part of the progress bar that writing weights takes."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the record learns from a finished export."""
+
+    artifact: Artifact
+    adapter_fingerprint: str
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Written:
+    files: list[StoredFile]
+    tensors: dict[str, Any]
+    verified: dict[str, Any]
+
+
+def export_merged(
+    store: ArtifactStore,
+    job: TrainingJob,
+    record: ExportRecord,
+    *,
+    engine: str,
+    token: str | None,
+    report: Report,
+) -> Result:
+    """Make the merged model of a training job, or find it made already.
+
+    Args:
+        store: Where artifacts lie.
+        job: The training job; its adapter exists.
+        record: The claimed export.
+        engine: `auto`, `streaming` or `peft`.
+        token: A Hugging Face token for a gated base.
+        report: Told of stage and fraction; what it raises stops the work.
+
+    Raises:
+        ExportError: Bad input, a failed check, or a passing fault; nothing of this attempt stays behind.
+    """
+    started = time.monotonic()
+    report("planning", 0.0)
+    adapter_uri = job.adapter_path or ""
+    adapter_dir = path_of(adapter_uri)
+    write, engine_name, engine_version = _engine(engine)
+    base = open_base(job.base_model_id, job.base_model_revision, token)
+    family_of(base.config)
+    identity = Identity(
+        export_type=ExportType.MERGED,
+        quantization=None,
+        base_id=job.base_model_id,
+        base_revision=base.revision,
+        adapter_fingerprint=store.fingerprint(adapter_uri),
+        engine=engine_name,
+        engine_version=engine_version,
+        nonce=record.force_nonce,
+    )
+    directory = f"{ROOT}/{job.job_id}/{identity.version}"
+    _remove_abandoned(store, job.job_id)
+    if store.exists(store.uri(f"{directory}/{MANIFEST_NAME}")):
+        manifest = read_manifest(store, directory)
+        if not still_holds(store, directory, manifest):
+            raise VerificationFailed(
+                f"{store.uri(directory)} has a manifest, but not the files it lists. Export again with --force.",
+                code="artifact_damaged",
+            )
+        log.info("found finished, only recording it: %s", directory)
+        return _result(store, directory, manifest, {}, identity)
+    try:
+        written = write(store, directory, base, adapter_dir, report)
+        manifest = manifest_of(
+            identity,
+            adapter_uri=adapter_uri,
+            files=written.files,
+            tensors=written.tensors,
+            verified=written.verified,
+        )
+        report("publishing", 0.99)
+        run = {"wall_seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
+        publish_manifest(store, directory, manifest, run)
+    except LeaseLost:
+        # Whoever took over may be writing the same files: only our temporary ones are ours to remove.
+        raise
+    except BaseException:
+        if not store.exists(store.uri(f"{directory}/{MANIFEST_NAME}")):
+            store.delete_prefix(directory)
+        raise
+    return _result(store, directory, manifest, run, identity)
+
+
+_Engine = Callable[[ArtifactStore, str, Base, Path, Report], _Written]
+
+
+def _engine(name: str) -> tuple[_Engine, str, str]:
+    if name in ("auto", "streaming"):
+        return _stream, "streaming", f"{merge.VERSION}+torch-{torch.__version__}"
+    if name == "peft":
+        return _with_peft, "peft", engines.peft_version()
+    raise NotAvailable(
+        f"engine {name!r} is not in this build; auto, streaming and peft are.", code="engine_not_available"
+    )
+
+
+def _stream(store: ArtifactStore, directory: str, base: Base, adapter_dir: Path, report: Report) -> _Written:
+    adapter = read_adapter(adapter_dir)
+    plan = plan_merge(open_checkpoint(base.directory), adapter, family_of(base.config), base.config)
+    refuse_not_finite(adapter)
+    files = _write_shards(store, directory, plan, adapter, report)
+    files += write_side_files(store, directory, base.directory, adapter_dir, plan)
+    report("verifying", _WRITE_TO)
+    verified = verify_merged(store, directory, plan, adapter)
+    tensors: dict[str, Any] = {"merged": plan.merged, "copied": plan.copied, "bytes": plan.nbytes}
+    if plan.tower:
+        tensors["mapped_to_tower"] = plan.tower.strip(".-")
+    return _Written(files, tensors, verified)
+
+
+def _write_shards(
+    store: ArtifactStore, directory: str, plan: Plan, adapter: Adapter, report: Report
+) -> list[StoredFile]:
+    torch.set_num_threads(merge.compute_threads())
+    done, stored = 0, []
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        report("merging", _WRITE_FROM + (_WRITE_TO - _WRITE_FROM) * done / max(1, plan.nbytes))
+
+    for planned in plan.files:
+        writer = store.create(f"{directory}/{planned.name}")
+        try:
+            merge.write_merged(planned, adapter, writer, on_bytes)
+            stored.append(writer.commit())
+        except BaseException:
+            writer.discard()
+            raise
+    return stored
+
+
+def _with_peft(store: ArtifactStore, directory: str, base: Base, adapter_dir: Path, report: Report) -> _Written:
+    report("merging", _WRITE_FROM)
+    with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
+        output = Path(scratch)
+        merged, copied = engines.merge_with_peft(base, adapter_dir, output)
+        side = write_side_files(store, directory, base.directory, adapter_dir, None)
+        taken = {file.name for file in side}
+        files = [
+            _upload(store, f"{directory}/{path.name}", path, report)
+            for path in sorted(output.iterdir())
+            if path.is_file() and path.name not in taken
+        ]
+    return _Written(side + files, {"merged": merged, "copied": copied}, {"files": len(side) + len(files)})
+
+
+def _upload(store: ArtifactStore, path: str, source: Path, report: Report) -> StoredFile:
+    report("publishing", _WRITE_TO)
+    writer = store.create(path)
+    block = bytearray(merge.BLOCK_BYTES)
+    try:
+        with source.open("rb", buffering=0) as file:
+            while count := file.readinto(block):
+                writer.write(memoryview(block)[:count])
+        return writer.commit()
+    except BaseException:
+        writer.discard()
+        raise
+
+
+def _remove_abandoned(store: ArtifactStore, job_id: str) -> None:
+    """Remove what dead attempts left: versions without a manifest. We hold the job's only merged lease."""
+    for version in store.children(f"{ROOT}/{job_id}"):
+        path = f"{ROOT}/{job_id}/{version}"
+        if not store.exists(store.uri(f"{path}/{MANIFEST_NAME}")):
+            log.info("removing an abandoned attempt: %s", path)
+            store.delete_prefix(path)
+
+
+def _result(
+    store: ArtifactStore, directory: str, manifest: dict[str, Any], run: dict[str, Any], identity: Identity
+) -> Result:
+    artifact = Artifact(
+        kind=ExportType.MERGED,
+        uri=store.uri(directory),
+        version=identity.version,
+        bytes=sum(file["bytes"] for file in manifest["files"]),
+        files=len(manifest["files"]),
+        manifest=store.uri(f"{directory}/{MANIFEST_NAME}"),
+    )
+    summary = {
+        "engine": manifest["engine"]["name"],
+        **manifest["tensors"],
+        "verified": manifest["verified"],
+        **run,
+    }
+    return Result(artifact, identity.adapter_fingerprint, summary)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process ever had resident, in bytes; 0 where the system does not say.
+
+    Not `getrusage`: its figure survives `exec`, so a small child of a large parent reports the parent's.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), "VmHWM: 0 kB")
+    return int(line.split()[1]) * 1024

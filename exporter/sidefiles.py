@@ -1,0 +1,69 @@
+"""The files beside the weights: config, tokenizer, chat template, processor, generation config."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from dispatcher.artifacts import ArtifactStore, StoredFile
+from dispatcher.errors import SourceError
+from exporter.checkpoint import INDEX_NAME
+from exporter.gemma import SIDE_FILES
+from exporter.plan import Plan
+
+MAX_SIDE_FILE_BYTES = 200_000_000
+TEMPLATE_FOLDER = "additional_chat_templates"
+
+
+def side_files(base: Path, adapter: Path) -> dict[str, Path]:
+    """Where each side file comes from: the adapter's own where it has one, else the base's.
+
+    A tokenizer is taken whole from one of the two wherever the adapter has a `tokenizer.json`, with one exception:
+    `tokenizer.model`, which transformers 5 does not save, comes from the base then.
+    """
+    found = {}
+    for name in (*SIDE_FILES, *_templates(base), *_templates(adapter)):
+        source = next((directory / name for directory in (adapter, base) if (directory / name).is_file()), None)
+        if source is not None:
+            found[name] = source
+    return found
+
+
+def _templates(directory: Path) -> Iterator[str]:
+    for path in sorted((directory / TEMPLATE_FOLDER).glob("*.jinja")):
+        yield f"{TEMPLATE_FOLDER}/{path.name}"
+
+
+def write_side_files(
+    store: ArtifactStore, directory: str, base: Path, adapter: Path, plan: Plan | None
+) -> list[StoredFile]:
+    """Write config, index and side files into an artifact's directory.
+
+    Args:
+        store: Where to.
+        directory: The version's directory in it.
+        base: The base model's directory.
+        adapter: The adapter's directory.
+        plan: The streaming engine's plan, whose output needs the base's config and index; None when an engine
+            wrote its own.
+    """
+    stored = []
+    if plan is not None:
+        stored.append(write_file(store, f"{directory}/config.json", (base / "config.json").read_bytes()))
+        if plan.index is not None:
+            stored.append(write_file(store, f"{directory}/{INDEX_NAME}", plan.index))
+    for name, source in side_files(base, adapter).items():
+        if source.stat().st_size > MAX_SIDE_FILE_BYTES:
+            raise SourceError(f"{name} is larger than {MAX_SIDE_FILE_BYTES} bytes.", code="side_file_too_large")
+        file = write_file(store, f"{directory}/{name}", source.read_bytes())
+        stored.append(StoredFile(name, file.size, file.crc32c))
+    return stored
+
+
+def write_file(store: ArtifactStore, path: str, content: bytes) -> StoredFile:
+    """Publish a small file."""
+    writer = store.create(path)
+    try:
+        writer.write(content)
+        return writer.commit()
+    except BaseException:
+        writer.discard()
+        raise
