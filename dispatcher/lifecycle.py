@@ -4,7 +4,7 @@ Whoever stores the result does so by compare-and-set on `revision`, so two conte
 legal move still cannot both make it.
 """
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -137,8 +137,7 @@ def requested(
         job_id=request.job_id,
         user_id=user_id,
         export_type=request.export_type,
-        quantization=request.quantization
-        or (DEFAULT_QUANTIZATION if request.export_type is ExportType.GGUF else None),
+        quantization=request.quantization or (DEFAULT_QUANTIZATION if request.export_type is ExportType.GGUF else None),
         state=Q,
         adapter_fingerprint=adapter_fingerprint,
         token_ref=token_ref,
@@ -147,9 +146,7 @@ def requested(
     )
 
 
-def delivered(
-    record: ExportRecord, *, adapter: Artifact, adapter_fingerprint: str, now: datetime
-) -> ExportRecord:
+def delivered(record: ExportRecord, *, adapter: Artifact, adapter_fingerprint: str, now: datetime) -> ExportRecord:
     """An adapter's record: finished with the request itself, since the adapter is served as it lies.
 
     Raises:
@@ -171,9 +168,7 @@ def renewed(
         LeaseLost: The export was cancelled, or its lease taken over.
     """
     if record.state is not R or record.lease is None or record.lease.lease_id != holding:
-        raise LeaseLost(
-            f"export {record.export_id} is {record.state} and no longer ours: stop before the next write"
-        )
+        raise LeaseLost(f"export {record.export_id} is {record.state} and no longer ours: stop before the next write")
     lease = record.lease.model_copy(update={"expires_at": expires_at})
     return _changed(record, now, lease=lease, stage=stage, progress=min(max(progress, 0.0), 1.0))
 
@@ -182,9 +177,7 @@ def completed(
     record: ExportRecord, *, holding: str, artifacts: tuple[Artifact, ...], now: datetime, **changes: Any
 ) -> ExportRecord:
     """The commit: the manifest is there, and the record says so."""
-    return transition(
-        record, DONE, by=Actor.EXPORTER, holding=holding, now=now, artifacts=artifacts, **changes
-    )
+    return transition(record, DONE, by=Actor.EXPORTER, holding=holding, now=now, artifacts=artifacts, **changes)
 
 
 def failed(
@@ -193,6 +186,25 @@ def failed(
     """The verdict; a token that no retry can use any more is dropped from the record."""
     kept = record.token_ref if error.retryable else None
     return transition(record, FAILED, by=by, holding=holding, now=now, error=error, token_ref=kept)
+
+
+def reclaimed(
+    record: ExportRecord, *, now: datetime, max_attempts: int, launch_grace: timedelta = timedelta(0)
+) -> ExportRecord | None:
+    """The record taken back from a holder that died; None when there is nothing to take back.
+
+    An execution that was started but has not claimed yet may still wait for its machine: it gets
+    `launch_grace` beyond the lease.
+    """
+    if record.state not in (S, R) or record.lease is None or holds_live_lease(record, now):
+        return None
+    if record.state is S and record.execution and record.lease.expires_at + launch_grace > now:
+        return None
+    if record.state is R and record.attempt >= max_attempts:
+        message = f"{record.attempt} attempts ended without a verdict; ask again to start over"
+        error = Failure(code="attempts_exhausted", message=message, retryable=True)
+        return failed(record, by=Actor.SWEEP, error=error, now=now)
+    return transition(record, Q, by=Actor.SWEEP, now=now)
 
 
 def noted(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:
@@ -205,6 +217,4 @@ def noted(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:
 
 def _changed(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:
     fields = {name: getattr(record, name) for name in ExportRecord.model_fields}
-    return ExportRecord.model_validate(
-        {**fields, **changes, "revision": record.revision + 1, "updated_at": now}
-    )
+    return ExportRecord.model_validate({**fields, **changes, "revision": record.revision + 1, "updated_at": now})

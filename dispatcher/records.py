@@ -117,9 +117,7 @@ class SqliteRecords:
 
     def get_job(self, job_id: str) -> TrainingJob | None:
         with self._connection() as connection:
-            row = connection.execute(
-                "SELECT document FROM training_jobs WHERE job_id = ?", (job_id,)
-            ).fetchone()
+            row = connection.execute("SELECT document FROM training_jobs WHERE job_id = ?", (job_id,)).fetchone()
         if row is None:
             return None
         try:
@@ -137,17 +135,13 @@ class SqliteRecords:
 
     def get_export(self, export_id: str) -> ExportRecord | None:
         with self._connection() as connection:
-            row = connection.execute(
-                "SELECT document FROM exports WHERE export_id = ?", (export_id,)
-            ).fetchone()
+            row = connection.execute("SELECT document FROM exports WHERE export_id = ?", (export_id,)).fetchone()
         return None if row is None else _record(export_id, row[0])
 
     def create_export(self, record: ExportRecord, *, job_result: Mapping[str, str] | None = None) -> bool:
         row = (record.export_id, record.job_id, record.user_id, record.state, record.revision, _text(record))
         with self._transaction() as connection:
-            cursor = connection.execute(
-                "INSERT INTO exports VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row
-            )
+            cursor = connection.execute("INSERT INTO exports VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row)
             if cursor.rowcount == 1:
                 _write_back(connection, record.job_id, job_result)
             return cursor.rowcount == 1
@@ -184,9 +178,7 @@ class SqliteRecords:
         wanted = None if states is None else json.dumps(sorted(states))
         values = {"user": user_id, "job": job_id, "after": after, "states": wanted, "limit": limit}
         with self._connection() as connection:
-            return [
-                _record(export_id, text) for export_id, text in connection.execute(query, values).fetchall()
-            ]
+            return [_record(export_id, text) for export_id, text in connection.execute(query, values).fetchall()]
 
     def close(self) -> None:
         """Close the idle connections; those in use are closed when they come back."""
@@ -281,9 +273,7 @@ def _record(export_id: str, text: str) -> ExportRecord:
     try:
         return ExportRecord.model_validate_json(text)
     except pydantic.ValidationError as error:
-        message = (
-            f"the stored record of export {export_id} cannot be read; was it written by a newer version?"
-        )
+        message = f"the stored record of export {export_id} cannot be read; was it written by a newer version?"
         raise ExportError(message, code="record_invalid") from error
 
 
@@ -293,7 +283,5 @@ def open_records(url: str) -> RecordStore:
     if parts.scheme == "sqlite":
         return SqliteRecords(Path(unquote(parts.path)))
     if parts.scheme == "firestore":
-        raise Misconfigured(
-            f"record store {url!r}: Firestore is not in this build yet", code="not_available_yet"
-        )
+        raise Misconfigured(f"record store {url!r}: Firestore is not in this build yet", code="not_available_yet")
     raise Misconfigured(f"record store {url!r}: expected sqlite:///file or firestore://project/database")

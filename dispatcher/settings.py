@@ -73,9 +73,7 @@ class Settings:
             embedded=not cloud,
             project_id=project,
             lease_seconds=_number(env, "LEASE_SECONDS", cls.lease_seconds, at_least=1),
-            max_unfinished_per_user=_number(
-                env, "MAX_UNFINISHED_PER_USER", cls.max_unfinished_per_user, at_least=1
-            ),
+            max_unfinished_per_user=_number(env, "MAX_UNFINISHED_PER_USER", cls.max_unfinished_per_user, at_least=1),
             max_attempts=_number(env, "MAX_ATTEMPTS", cls.max_attempts, at_least=1),
             engine=_choice(env, "ENGINE", cls.engine, _ENGINES),
             export_id=env.get("EXPORT_ID"),

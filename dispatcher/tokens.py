@@ -62,9 +62,7 @@ class FileTokens:
                 temporary.unlink(missing_ok=True)
                 raise
         except OSError as error:
-            raise Unavailable(
-                f"the token store at {self._directory} cannot be written: {error.strerror}"
-            ) from error
+            raise Unavailable(f"the token store at {self._directory} cannot be written: {error.strerror}") from error
         return ref
 
     def get(self, ref: str) -> str:
@@ -76,9 +74,7 @@ class FileTokens:
         except FileNotFoundError as error:
             raise _expired() from error
         except OSError as error:
-            raise Unavailable(
-                f"the token store at {self._directory} cannot be read: {error.strerror}"
-            ) from error
+            raise Unavailable(f"the token store at {self._directory} cannot be read: {error.strerror}") from error
         if age > self._ttl:
             self.delete(ref)
             raise _expired()
@@ -107,7 +103,5 @@ def open_tokens(url: str) -> TokenStore:
     if parts.scheme == "file":
         return FileTokens(Path(unquote(parts.path)))
     if parts.scheme == "secretmanager":
-        raise Misconfigured(
-            f"token store {url!r}: Secret Manager is not in this build yet", code="not_available_yet"
-        )
+        raise Misconfigured(f"token store {url!r}: Secret Manager is not in this build yet", code="not_available_yet")
     raise Misconfigured(f"token store {url!r}: expected file:///directory or secretmanager://project")

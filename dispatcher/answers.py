@@ -1,0 +1,54 @@
+"""How a record looks to a caller: the bodies of the HTTP answers, which the CLI prints as well."""
+
+from datetime import datetime
+from typing import Any
+
+from dispatcher.contract import RESULT_FIELD, ExportRecord, State
+from dispatcher.lifecycle import holds_live_lease
+
+
+def shown_state(record: ExportRecord, now: datetime) -> State:
+    """The state as a caller may rely on it: work whose lease ran out is not under way, it waits its turn."""
+    launching = record.state is State.STARTING and record.execution is None
+    if (launching or record.state is State.RUNNING) and not holds_live_lease(record, now):
+        return State.QUEUED
+    return record.state
+
+
+def submitted(record: ExportRecord, now: datetime) -> dict[str, Any]:
+    """The answer to `POST /export`."""
+    answer: dict[str, Any] = {
+        "success": True,
+        "job_id": record.job_id,
+        "export_type": record.export_type.value,
+        "export_id": record.export_id,
+        "status": shown_state(record, now).value,
+    }
+    return answer | _result(record)
+
+
+def status(record: ExportRecord, now: datetime) -> dict[str, Any]:
+    """The answer to `GET /exports/{export_id}`: everything a caller may know, no lease and no token."""
+    state = shown_state(record, now)
+    waiting = state is State.QUEUED
+    answer: dict[str, Any] = {
+        "export_id": record.export_id,
+        "job_id": record.job_id,
+        "export_type": record.export_type.value,
+        "quantization": record.quantization,
+        "state": state.value,
+        "stage": None if waiting else record.stage,
+        "progress": 0.0 if waiting else record.progress,
+        "attempt": record.attempt,
+        "artifacts": [artifact.model_dump(mode="json") for artifact in record.artifacts],
+        "summary": record.summary,
+        "error": record.error.model_dump(mode="json") if record.error else None,
+        "log_uri": record.log_uri,
+        "created_at": record.created_at.isoformat(),
+        "updated_at": record.updated_at.isoformat(),
+    }
+    return answer | _result(record)
+
+
+def _result(record: ExportRecord) -> dict[str, str]:
+    return {} if record.path is None else {RESULT_FIELD[record.export_type]: record.path}

@@ -1,0 +1,96 @@
+"""The one place where the dispatcher's parts are wired together, once per process and on first use."""
+
+import logging
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dispatcher import logs
+from dispatcher.artifacts import ArtifactStore, open_artifacts
+from dispatcher.jobqueue import JobQueue, open_queue
+from dispatcher.records import RecordStore, SqliteRecords, open_records
+from dispatcher.runner import JobRunner, ProcessRunner, open_runner
+from dispatcher.service import Service
+from dispatcher.settings import Settings
+from dispatcher.tokens import TokenStore, open_tokens
+from dispatcher.trigger import Trigger
+
+CLOUD_LAUNCH_GRACE_SECONDS = 900
+"""How long a Cloud Run execution may wait for a GPU before it counts as lost."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Everything a process needs, opened by the settings it was given."""
+
+    settings: Settings
+    records: RecordStore
+    artifacts: ArtifactStore
+    tokens: TokenStore
+    queue: JobQueue
+    runner: JobRunner
+    trigger: Trigger
+    service: Service
+
+    def close(self) -> None:
+        """Let the queue deliver what is due, and release what is open; started executions go on."""
+        self.queue.close()
+        if isinstance(self.runner, ProcessRunner):
+            self.runner.close()
+        if isinstance(self.records, SqliteRecords):
+            self.records.close()
+
+
+def build(settings: Settings) -> Stack:
+    """Open every port that the settings name.
+
+    Raises:
+        Misconfigured: A URL selects what this build does not have.
+    """
+
+    def deliver(body: bytes, attributes: Mapping[str, str]) -> None:
+        # The queue is made before the trigger that it delivers to, and gets its first message after.
+        trigger.deliver(body, attributes)
+
+    records = open_records(settings.records_url)
+    artifacts = open_artifacts(settings.artifacts_url)
+    tokens = open_tokens(settings.tokens_url)
+    runner = open_runner(settings.runner_url, log_dir=settings.log_dir, environment=settings.to_environment())
+    queue = open_queue(settings.queue_url, deliver)
+    trigger = Trigger(
+        records=records,
+        queue=queue,
+        runner=runner,
+        lease_seconds=settings.lease_seconds,
+        max_attempts=settings.max_attempts,
+        launch_grace_seconds=0 if settings.embedded else CLOUD_LAUNCH_GRACE_SECONDS,
+    )
+    service = Service(
+        records=records,
+        artifacts=artifacts,
+        runner=runner,
+        tokens=tokens,
+        trigger=trigger,
+        max_unfinished_per_user=settings.max_unfinished_per_user,
+    )
+    return Stack(settings, records, artifacts, tokens, queue, runner, trigger, service)
+
+
+_lock = threading.Lock()
+_installed: list[Stack] = []
+
+
+def install(stack: Stack | None) -> None:
+    """Make `current` return this stack; None makes it build one from the environment again."""
+    with _lock:
+        _installed[:] = [] if stack is None else [stack]
+
+
+def current() -> Stack:
+    """This process's stack. functions-framework loads `main.py` as a second module, so it cannot keep it."""
+    with _lock:
+        if not _installed:
+            logs.configure(sys.stdout, {"service": "dispatcher"}, level=logging.INFO)
+            _installed.append(build(Settings.from_env()))
+        return _installed[0]

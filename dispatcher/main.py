@@ -1,0 +1,214 @@
+"""The functions-framework targets: `export_api` answers HTTP, `start_export` takes the queue's messages.
+
+An `http` target is called for every path and method, so this file routes and refuses by itself.
+"""
+
+import base64
+import binascii
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import pydantic
+
+from dispatcher import answers, bootstrap
+from dispatcher.contract import ExportRequest, State, is_export_id, is_job_id
+from dispatcher.errors import (
+    BodyTooLarge,
+    ExportError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    Unauthenticated,
+)
+from dispatcher.identity import caller
+from dispatcher.logs import bound, clean, trace_fields
+
+if TYPE_CHECKING:
+    import flask
+    from cloudevents.http import CloudEvent
+
+logger = logging.getLogger("dispatcher")
+
+MAX_BODY_BYTES = 64 << 10
+MAX_DRAIN_BYTES = 1 << 20
+"""Of a refused body this much is read, so that a client that is still sending gets to read the answer."""
+PAGE = 100
+LOCAL_USER_KEY = "gemma_export.local_user"
+"""WSGI environ key that `gemma-export serve` sets; no HTTP header can."""
+
+Answer = tuple[str | Iterator[str], int, dict[str, str]]
+Handler = Callable[["flask.Request", str], Answer]
+
+
+def export_api(request: "flask.Request") -> Answer:
+    """Answer one HTTP request; every fault becomes a problem document (RFC 9457)."""
+    began = time.perf_counter()
+    traceparent = request.headers.get("traceparent")
+    with bound(**trace_fields(traceparent, None)):
+        try:
+            answer = _routed(request)
+        except ExportError as error:
+            answer = _problem(error)
+        except Exception as error:  # noqa: BLE001  # the entry point: nothing may end without an answer
+            answer = _problem(error)
+        milliseconds = round((time.perf_counter() - began) * 1000)
+        logger.info("%s %s -> %d in %d ms", request.method, request.path, answer[1], milliseconds)
+    return answer
+
+
+def start_export(cloud_event: "CloudEvent") -> None:
+    """Start the execution that a Pub/Sub message asks for; raising asks for another delivery."""
+    data = cloud_event.data
+    message = data.get("message") if isinstance(data, dict) else None
+    message = message if isinstance(message, dict) else {}
+    message_id = str(message.get("messageId") or message.get("message_id") or cloud_event["id"])
+    attributes = message.get("attributes")
+    attributes = attributes if isinstance(attributes, dict) else {}
+    with bound(message_id=message_id, **trace_fields(str(attributes.get("traceparent")), None)):
+        try:
+            body = base64.b64decode(message.get("data") or "", validate=True)
+        except (binascii.Error, TypeError, ValueError):
+            body = b""  # which is no JobMessage either, and is dropped as such
+        texts = {str(name): str(value) for name, value in attributes.items()}
+        bootstrap.current().trigger.deliver(body, texts, message_id=message_id)
+
+
+def _routed(request: "flask.Request") -> Answer:
+    handlers, argument = _route(request.path)
+    allowed = sorted({*handlers, "OPTIONS"} | ({"HEAD"} if "GET" in handlers else set()))
+    if request.method == "OPTIONS":
+        return "", HTTPStatus.NO_CONTENT, {"Allow": ", ".join(allowed)}
+    handler = handlers.get("GET" if request.method == "HEAD" else request.method)
+    if handler is None:
+        message = f"{clean(request.path, limit=200)} takes {', '.join(allowed)}, not {clean(request.method, limit=20)}"
+        raise MethodNotAllowed(message, headers={"Allow": ", ".join(allowed)})
+    return handler(request, argument)
+
+
+def _route(path: str) -> tuple[dict[str, Handler], str]:
+    match path.split("/")[1:]:
+        case ["health"]:
+            return {"GET": _health}, ""
+        case ["export"]:
+            return {"POST": _submit}, ""
+        case ["exports"]:
+            return {"GET": _list}, ""
+        case ["exports", export_id] if export_id:
+            return {"GET": _status}, export_id
+        case ["exports", export_id, "cancel"] if export_id:
+            return {"POST": _cancel}, export_id
+    raise NotFound(f"there is no route {clean(path, limit=200)}", code="route_not_found")
+
+
+def _health(request: "flask.Request", _: str) -> Answer:
+    return _json({"status": "healthy", "service": "export"})
+
+
+def _submit(request: "flask.Request", _: str) -> Answer:
+    service, user = _caller(request)
+    wanted = _export_request(_body(request))
+    record = service.submit(wanted, user, traceparent=request.headers.get("traceparent"))
+    answer = answers.submitted(record, service.now())
+    if record.state is State.COMPLETED:
+        return _json(answer)
+    return _json(answer, HTTPStatus.ACCEPTED, {"Location": f"/exports/{record.export_id}"})
+
+
+def _list(request: "flask.Request", _: str) -> Answer:
+    service, user = _caller(request)
+    job_id, after = request.args.get("job_id"), request.args.get("after")
+    if job_id is not None and not is_job_id(job_id):
+        raise InvalidRequest("job_id in the query has not the form of a job id")
+    if after is not None and not is_export_id(after):
+        raise InvalidRequest("after in the query has not the form of an export id")
+    records = service.list_exports(user, job_id=job_id, limit=PAGE, after=after)
+    following = records[-1].export_id if len(records) == PAGE else None
+    return _json({"exports": [answers.status(record, service.now()) for record in records], "next": following})
+
+
+def _status(request: "flask.Request", export_id: str) -> Answer:
+    service, user = _caller(request)
+    return _json(answers.status(service.status(export_id, user), service.now()))
+
+
+def _cancel(request: "flask.Request", export_id: str) -> Answer:
+    service, user = _caller(request)
+    return _json(answers.status(service.cancel(export_id, user), service.now()))
+
+
+def _caller(request: "flask.Request") -> tuple[bootstrap.Service, str]:
+    stack = bootstrap.current()
+    # With any cloud setting there is no local user, whoever started the server.
+    local_user = request.environ.get(LOCAL_USER_KEY) if stack.settings.embedded else None
+    return stack.service, caller(request.headers, local_user)
+
+
+def _body(request: "flask.Request") -> bytes:
+    """The whole body, chunked or not.
+
+    Raises:
+        BodyTooLarge: It is over 64 KiB.
+    """
+    body = request.stream.read(MAX_BODY_BYTES + 1) if (request.content_length or 0) <= MAX_BODY_BYTES else b""
+    if len(body) <= MAX_BODY_BYTES >= (request.content_length or 0):
+        return body
+    left = MAX_DRAIN_BYTES
+    while left > 0 and (block := request.stream.read(min(left, MAX_BODY_BYTES))):
+        left -= len(block)
+    raise BodyTooLarge(f"the body is over {MAX_BODY_BYTES} bytes")
+
+
+def _export_request(body: bytes) -> ExportRequest:
+    """The request in a body; what is refused is named by field, and no value is repeated.
+
+    Raises:
+        InvalidRequest: It is no JSON object, or a field is missing, unknown or wrong.
+    """
+    try:
+        document = json.loads(body)
+    except RecursionError as error:
+        raise InvalidRequest("the body is nested too deeply") from error
+    except ValueError as error:
+        # Not the parser's own message: it may repeat a piece of the body, and with it of a token.
+        raise InvalidRequest("the body is no JSON: expected an object with job_id and export_type") from error
+    if not isinstance(document, dict):
+        raise InvalidRequest("the body is no JSON object: expected job_id and export_type")
+    try:
+        return ExportRequest.model_validate(document)
+    except pydantic.ValidationError as error:
+        faults = error.errors(include_input=False, include_url=False, include_context=False)
+        texts = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": ") for fault in faults]
+        # Without its cause: the error holds the input, and a traceback in a log would show it.
+        raise InvalidRequest(clean("; ".join(texts), limit=1000)) from None
+
+
+def _problem(error: Exception) -> Answer:
+    """The answer to a fault: ours are logged under an id that the answer carries, and not described."""
+    refusal = error if isinstance(error, ExportError) else ExportError("")
+    problem = refusal.problem()
+    if refusal.status is HTTPStatus.INTERNAL_SERVER_ERROR:
+        fault_id = uuid.uuid4().hex
+        logger.error("fault %s", fault_id, exc_info=error, extra={"fault_id": fault_id})
+        problem |= {
+            "detail": f"a fault of ours; quote {fault_id} when you report it",
+            "instance": f"urn:uuid:{fault_id}",
+        }
+    elif isinstance(error, Unauthenticated):
+        logger.warning("refused: %s", refusal.message)
+    elif refusal.status is HTTPStatus.SERVICE_UNAVAILABLE:
+        logger.warning("unavailable: %s", refusal.message, exc_info=error)
+    headers = {**refusal.headers, "Content-Type": "application/problem+json"}
+    text = json.dumps({**problem, "detail": clean(str(problem["detail"]))})
+    if not isinstance(error, BodyTooLarge):
+        return text, refusal.status, headers
+    # functions-framework reads what is left of a body, however long, unless the answer is a stream.
+    return iter([text]), refusal.status, {**headers, "Content-Length": str(len(text)), "Connection": "close"}
+
+
+def _json(document: dict[str, Any], status: int = HTTPStatus.OK, headers: dict[str, str] | None = None) -> Answer:
+    return json.dumps(document), status, {**(headers or {}), "Content-Type": "application/json"}

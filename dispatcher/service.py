@@ -1,0 +1,255 @@
+"""The use cases, with no I/O of their own: submit, status, list, cancel."""
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from dispatcher import lifecycle
+from dispatcher.artifacts import ArtifactStore, StoredFile
+from dispatcher.contract import (
+    RESULT_FIELD,
+    UNFINISHED,
+    Artifact,
+    ExportRecord,
+    ExportRequest,
+    ExportType,
+    State,
+    TrainingJob,
+    fingerprint_of,
+    is_export_id,
+)
+from dispatcher.errors import (
+    Conflict,
+    ExportError,
+    Forbidden,
+    JobNotCompleted,
+    NotAvailable,
+    NotFound,
+    TooManyExports,
+    Unavailable,
+)
+from dispatcher.lifecycle import Actor, transition
+from dispatcher.records import RecordStore, update
+from dispatcher.runner import JobRunner
+from dispatcher.tokens import TokenStore
+from dispatcher.trigger import RACES, Trigger
+
+logger = logging.getLogger(__name__)
+
+
+class Service:
+    """What a caller can ask of the dispatcher; every change of a record is one compare-and-set.
+
+    Args:
+        trigger: Publishes what was queued.
+        clock: The time now, in UTC.
+    """
+
+    def __init__(
+        self,
+        *,
+        records: RecordStore,
+        artifacts: ArtifactStore,
+        runner: JobRunner,
+        tokens: TokenStore,
+        trigger: Trigger,
+        max_unfinished_per_user: int = 20,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._records = records
+        self._artifacts = artifacts
+        self._runner = runner
+        self._tokens = tokens
+        self._trigger = trigger
+        self._max_unfinished = max_unfinished_per_user
+        self._clock = clock
+
+    def now(self) -> datetime:
+        """The service's clock, so that whoever shows a record judges its lease by the same time."""
+        return self._clock()
+
+    def submit(self, request: ExportRequest, user: str, *, traceparent: str | None = None) -> ExportRecord:
+        """Ask for an export; the record that answers: `completed`, or waiting or under way.
+
+        Raises:
+            NotFound: No such job (`job_not_found`), or its adapter is gone (`adapter_gone`).
+            Forbidden: The job is someone else's.
+            JobNotCompleted: There is nothing to export yet.
+            TooManyExports: The caller has too many unfinished exports.
+            NotAvailable: GGUF, until it is built (`gguf_not_available`).
+            Unavailable: The request may be recorded; asking again does no harm and finishes it.
+        """
+        job = self._records.get_job(request.job_id)
+        if job is None:
+            raise NotFound(f"there is no training job {request.job_id}", code="job_not_found")
+        if job.user_id != user:
+            raise Forbidden(f"training job {request.job_id} belongs to someone else")
+        if job.status != "completed":
+            raise JobNotCompleted(f"training job {job.job_id} is {job.status!r}: it can be exported once completed")
+        if request.export_type is ExportType.GGUF:
+            raise NotAvailable("GGUF exports are not available in this build", code="gguf_not_available")
+        files = self._artifacts.list(job.adapter_path) if job.adapter_path else []
+        if job.adapter_path is None or not files:
+            raise NotFound(f"the adapter of {job.job_id} is gone from {job.adapter_path}", code="adapter_gone")
+        if request.export_type is ExportType.ADAPTER:
+            return self._delivered(request, job, job.adapter_path, files)
+        return self._queued(request, user, _fingerprint(files), traceparent)
+
+    def status(self, export_id: str, user: str) -> ExportRecord:
+        """The caller's own export.
+
+        Raises:
+            NotFound: No such export (`export_not_found`).
+            Forbidden: It is someone else's.
+        """
+        record = self._records.get_export(export_id) if is_export_id(export_id) else None
+        if record is None:
+            raise NotFound(f"there is no export {export_id[:250]}", code="export_not_found")
+        if record.user_id != user:
+            raise Forbidden(f"export {export_id} belongs to someone else")
+        return record
+
+    def list_exports(
+        self, user: str, *, job_id: str | None = None, limit: int = 100, after: str | None = None
+    ) -> list[ExportRecord]:
+        """The caller's own exports, by id."""
+        return self._records.list_exports(user_id=user, job_id=job_id, limit=limit, after=after)
+
+    def cancel(self, export_id: str, user: str) -> ExportRecord:
+        """Flag an export as cancelled; whoever works on it sees that at the next heartbeat.
+
+        Raises:
+            NotFound, Forbidden: As for `status`.
+            Conflict: It is finished already.
+        """
+        self.status(export_id, user)
+        execution: str | None = None
+        token_ref: str | None = None
+
+        def flagged(record: ExportRecord) -> ExportRecord:
+            nonlocal execution, token_ref
+            if record.state not in UNFINISHED:
+                raise Conflict(f"export {export_id} is {record.state}: there is nothing to cancel")
+            execution = record.lease.owner if record.state is State.RUNNING and record.lease else record.execution
+            token_ref = record.token_ref
+            return transition(record, State.CANCELLED, by=Actor.CALLER, now=self._clock(), token_ref=None)
+
+        record = update(self._records, export_id, flagged)
+        if token_ref:
+            self._tokens.delete(token_ref)
+        siblings = self._records.list_exports(job_id=record.job_id, states=UNFINISHED, limit=1)
+        if execution and not siblings:
+            try:
+                self._runner.cancel(execution)
+            except ExportError as error:
+                # The flag is set, and that is what counts: the execution stops at its next heartbeat.
+                logger.warning("execution %s could not be told to stop: %s", execution, error)
+        return record
+
+    def _delivered(
+        self, request: ExportRequest, job: TrainingJob, adapter: str, files: list[StoredFile]
+    ) -> ExportRecord:
+        fingerprint = _fingerprint(files)
+        artifact = Artifact(
+            kind=ExportType.ADAPTER,
+            uri=adapter,
+            version=fingerprint[:12],
+            bytes=sum(file.size for file in files),
+            files=len(files),
+            manifest=None,
+        )
+        result = {RESULT_FIELD[ExportType.ADAPTER]: adapter}
+        for _ in range(RACES):
+            old = self._records.get_export(request.export_id)
+            if old and old.state is State.COMPLETED and old.artifacts == (artifact,):
+                return old
+            now = self._clock()
+            first = lifecycle.requested(
+                request, user_id=job.user_id, adapter_fingerprint=fingerprint, token_ref=None, now=now
+            )
+            new = lifecycle.delivered(old or first, adapter=artifact, adapter_fingerprint=fingerprint, now=now)
+            if old is None:
+                done = self._records.create_export(new, job_result=result)
+            else:
+                done = self._records.replace_export(old, new, job_result=result)
+            if done:
+                return new
+        raise _contended(request.export_id)
+
+    def _queued(self, request: ExportRequest, user: str, fingerprint: str, traceparent: str | None) -> ExportRecord:
+        for _ in range(RACES):
+            old, now = self._records.get_export(request.export_id), self._clock()
+            if old is not None and self._is_current(old, fingerprint):
+                return old
+            if old is not None and old.state in UNFINISHED:
+                back = self._trigger.reclaimed(old)
+                if back is not None:
+                    self._records.replace_export(old, back)
+                    continue
+                record = self._with_token(old, request)
+                waits = record.state is State.QUEUED and self._trigger.is_overdue(record)
+                return self._trigger.publish(record, traceparent) if waits else record
+            self._refuse_too_many(user)
+            ref = self._stored_token(request)
+            if old is None:
+                new = lifecycle.requested(
+                    request, user_id=user, adapter_fingerprint=fingerprint, token_ref=ref, now=now
+                )
+                won = self._records.create_export(new)
+            else:
+                new = transition(
+                    old,
+                    State.QUEUED,
+                    by=Actor.CALLER,
+                    now=now,
+                    adapter_fingerprint=fingerprint,
+                    user_id=user,
+                    token_ref=ref or old.token_ref,
+                )
+                won = self._records.replace_export(old, new)
+            if won:
+                return self._trigger.publish(new, traceparent)
+        raise _contended(request.export_id)
+
+    def _is_current(self, record: ExportRecord, fingerprint: str) -> bool:
+        """Whether a finished export still is what a request for it would make."""
+        if record.state is not State.COMPLETED or record.adapter_fingerprint != fingerprint:
+            return False
+        manifests = [artifact.manifest for artifact in record.artifacts]
+        return bool(manifests) and all(uri is not None and self._artifacts.exists(uri) for uri in manifests)
+
+    def _refuse_too_many(self, user: str) -> None:
+        unfinished = self._records.list_exports(user_id=user, states=UNFINISHED, limit=self._max_unfinished)
+        if len(unfinished) >= self._max_unfinished:
+            raise TooManyExports(
+                f"{len(unfinished)} exports of yours are unfinished, which is the limit: wait for one to end",
+                headers={"Retry-After": "60"},
+            )
+
+    def _stored_token(self, request: ExportRequest) -> str | None:
+        if request.hf_token is None:
+            return None
+        return self._tokens.put(request.export_id, request.hf_token.get_secret_value())
+
+    def _with_token(self, record: ExportRecord, request: ExportRequest) -> ExportRecord:
+        """The record, after a token that came with a repeated request was put where its exporter looks."""
+        ref = self._stored_token(request)
+        if ref is None or ref == record.token_ref:
+            return record
+
+        def referring(current: ExportRecord) -> ExportRecord | None:
+            waits = current.state in UNFINISHED
+            return lifecycle.noted(current, self._clock(), token_ref=ref) if waits else None
+
+        current = update(self._records, record.export_id, referring)
+        if current.token_ref != ref:
+            self._tokens.delete(ref)
+        return current
+
+
+def _fingerprint(files: list[StoredFile]) -> str:
+    return fingerprint_of([(file.name, file.size, file.crc32c) for file in files])
+
+
+def _contended(export_id: str) -> Unavailable:
+    return Unavailable(f"export {export_id} keeps changing under us: ask again")

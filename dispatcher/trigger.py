@@ -1,0 +1,199 @@
+"""Turns a message into one execution, and puts right what died on the way."""
+
+import logging
+import uuid
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+
+import pydantic
+
+from dispatcher import lifecycle
+from dispatcher.contract import UNFINISHED, ExportRecord, JobMessage, Lease, State
+from dispatcher.errors import ExportError, Unavailable
+from dispatcher.jobqueue import JobQueue
+from dispatcher.lifecycle import Actor, transition
+from dispatcher.records import RecordStore, every_export, update
+from dispatcher.runner import JobRunner
+
+logger = logging.getLogger(__name__)
+
+REPUBLISH_AFTER = timedelta(minutes=5)
+RACES = 50
+"""How often a compare-and-set may be lost to others before we say so."""
+
+
+class Trigger:
+    """Publishes, takes the short lease, starts the runner; every change of a record is one compare-and-set.
+
+    Args:
+        lease_seconds: How long a launch may take before another delivery may try.
+        launch_grace_seconds: How long a launched execution may wait for a machine beyond that.
+        clock: The time now, in UTC.
+    """
+
+    def __init__(
+        self,
+        *,
+        records: RecordStore,
+        queue: JobQueue,
+        runner: JobRunner,
+        lease_seconds: int = 120,
+        max_attempts: int = 5,
+        launch_grace_seconds: int = 0,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._records = records
+        self._queue = queue
+        self._runner = runner
+        self._lease = timedelta(seconds=lease_seconds)
+        self._max_attempts = max_attempts
+        self._launch_grace = timedelta(seconds=launch_grace_seconds)
+        self._clock = clock
+
+    def deliver(self, body: bytes, attributes: Mapping[str, str], *, message_id: str | None = None) -> None:
+        """Take a message off the wire and `start` what it names; one that cannot be read is acknowledged.
+
+        Raises:
+            ExportError: Deliver it again.
+        """
+        try:
+            message = JobMessage.model_validate_json(body)
+        except (pydantic.ValidationError, RecursionError):
+            # No delivery will ever read better; refusing it would only bring it back until it is dead.
+            logger.error("a message that is no JobMessage was dropped", extra={"message_id": message_id})
+            return
+        self.start(message, traceparent=attributes.get("traceparent"))
+
+    def start(self, message: JobMessage, *, traceparent: str | None = None) -> None:
+        """Start the execution that a message asks for, once, however often it is delivered.
+
+        Returning acknowledges: the export is finished for good, under way, or now has an execution.
+
+        Raises:
+            Unavailable: Deliver it again: someone is launching it (`launch_in_progress`), or a port failed.
+        """
+        for _ in range(RACES):
+            record = self._records.get_export(message.export_id)
+            if record is None:
+                logger.error("a message names export %s, which does not exist", message.export_id)
+                return
+            moved = self._moved(record)
+            if moved is None:
+                logger.info("export %s is %s: nothing to start", record.export_id, record.state)
+                return
+            if self._records.replace_export(record, moved) and moved.state is State.STARTING:
+                self._launch(moved, traceparent)
+                return
+        raise Unavailable(f"export {message.export_id} keeps changing under us: deliver again")
+
+    def sweep(self, *, lost_messages: bool = False) -> dict[str, int]:
+        """Put right what died: requeue or fail dead leases, publish again what waits for too long.
+
+        Args:
+            lost_messages: The queue forgot all it held, as the in-process one does when its process ends:
+                publish everything that waits, however recent.
+        """
+        done = {"requeued": 0, "failed": 0, "published": 0}
+        for record in every_export(self._records, UNFINISHED):
+            for name in self._tended(record, lost_messages=lost_messages):
+                done[name] += 1
+        return done
+
+    def nudge(self, export_id: str) -> None:
+        """`sweep(lost_messages=True)` for one export."""
+        record = self._records.get_export(export_id)
+        if record is not None and record.state in UNFINISHED:
+            self._tended(record, lost_messages=True)
+
+    def publish(self, record: ExportRecord, traceparent: str | None = None) -> ExportRecord:
+        """Send the export's message and note when; the record as it is then.
+
+        Raises:
+            Unavailable: The queue did not take it. The record is still there: asking again publishes it.
+        """
+        message = JobMessage(job_id=record.job_id, export_id=record.export_id)
+        attributes = {"export_type": record.export_type.value}
+        self._queue.publish(message, attributes | ({"traceparent": traceparent} if traceparent else {}))
+
+        def dated(current: ExportRecord) -> ExportRecord | None:
+            now = self._clock()
+            waits = current.state is State.QUEUED
+            return lifecycle.noted(current, now, published_at=now) if waits else None
+
+        return update(self._records, record.export_id, dated)
+
+    def reclaimed(self, record: ExportRecord) -> ExportRecord | None:
+        """`lifecycle.reclaimed`, by this deployment's limits."""
+        return lifecycle.reclaimed(
+            record, now=self._clock(), max_attempts=self._max_attempts, launch_grace=self._launch_grace
+        )
+
+    def is_overdue(self, record: ExportRecord) -> bool:
+        """Whether a queued record's message was never sent, or so long ago that it may be lost."""
+        return record.published_at is None or record.published_at + REPUBLISH_AFTER <= self._clock()
+
+    def _moved(self, record: ExportRecord) -> ExportRecord | None:
+        """The next move of a record towards an execution; None when none is called for."""
+        now = self._clock()
+        if record.state is State.FAILED and record.error and record.error.retryable:
+            return transition(record, State.QUEUED, by=Actor.REPLAY, now=now)
+        if record.state not in UNFINISHED:
+            return None
+        if (back := self.reclaimed(record)) is not None:
+            return back
+        if record.state is State.RUNNING or record.execution is not None:
+            return None
+        if record.state is State.STARTING:
+            # Not acknowledged: if that launch died, the next delivery after its lease tries again.
+            raise Unavailable(f"export {record.export_id} is being launched", code="launch_in_progress")
+        lease_id = uuid.uuid4().hex
+        # The owner is this one delivery: two deliveries with one owner would both take the lease for theirs.
+        lease = Lease(lease_id=lease_id, owner=f"trigger:{lease_id}", expires_at=now + self._lease)
+        return transition(record, State.STARTING, by=Actor.TRIGGER, now=now, lease=lease)
+
+    def _launch(self, record: ExportRecord, traceparent: str | None) -> None:
+        lease_id = record.lease.lease_id if record.lease else ""
+        environment = {"EXPORT_ID": record.export_id, "LEASE_ID": lease_id}
+        if traceparent:
+            environment["TRACEPARENT"] = traceparent
+
+        def is_ours(current: ExportRecord) -> bool:
+            held = current.state is State.STARTING and current.lease is not None
+            return held and current.lease is not None and current.lease.lease_id == lease_id
+
+        def given_back(current: ExportRecord) -> ExportRecord | None:
+            if not is_ours(current):
+                return None
+            return transition(current, State.QUEUED, by=Actor.TRIGGER, holding=lease_id, now=self._clock())
+
+        try:
+            execution = self._runner.start(record.job_id, environment)
+        except ExportError:
+            update(self._records, record.export_id, given_back)
+            raise
+
+        def launched(current: ExportRecord) -> ExportRecord | None:
+            # The exporter may have claimed it already, or even have finished.
+            if current.execution is not None or not (is_ours(current) or current.attempt > record.attempt):
+                return None
+            facts = {"execution": execution.name, "log_uri": execution.log_uri}
+            return lifecycle.noted(current, self._clock(), **facts)
+
+        update(self._records, record.export_id, launched)
+        logger.info("export %s: execution %s was started", record.export_id, execution.name)
+
+    def _tended(self, record: ExportRecord, *, lost_messages: bool) -> list[str]:
+        """What was done for an unfinished record; see `sweep`."""
+        back = self.reclaimed(record)
+        if back is not None:
+            if not self._records.replace_export(record, back):
+                return []
+            if back.state is State.FAILED:
+                return ["failed"]
+            self.publish(back)
+            return ["requeued", "published"]
+        waits = record.state is State.QUEUED or (record.state is State.STARTING and record.execution is None)
+        if waits and (lost_messages or (record.state is State.QUEUED and self.is_overdue(record))):
+            self.publish(record)
+            return ["published"]
+        return []
