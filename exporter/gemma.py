@@ -31,6 +31,8 @@ _SIGLIP = (r"^vision_tower\.vision_model\.", "vision_tower.")
 # transformers 5 dropped SigLIP's inner `vision_model` level.
 _LLAVA = (_LEADING_MODEL, _TEXT_TOWER, _LM_HEAD, _SIGLIP)
 _PLAIN = (_LEADING_MODEL,)
+_FROM_MULTIMODAL = (_LEADING_MODEL, (r"^language_model\.", ""))
+# The text-only class also loads the multimodal checkpoint's text tower.
 _UNIFIED = (
     _LEADING_MODEL,
     (r"^embed_vision\.embedding_projection\.", "embed_vision.multimodal_embedder.embedding_projection."),
@@ -42,7 +44,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(True, _PLAIN),
     "gemma3_text": Family(True, _PLAIN),
     "gemma3": Family(False, _LLAVA),
-    "gemma3n_text": Family(True, _PLAIN),
+    "gemma3n_text": Family(True, _FROM_MULTIMODAL),
     "gemma3n": Family(False, _PLAIN),
     "gemma4_text": Family(True, _PLAIN),
     "gemma4": Family(False, _PLAIN),

@@ -5,11 +5,15 @@ what PEFT computes for float32 adapter weights.
 Source: LoRA, https://arxiv.org/abs/2106.09685; rsLoRA's scale, https://arxiv.org/abs/2312.03732.
 """
 
+import itertools
 import math
 
 import torch
 
 from dispatcher.errors import VerificationFailed
+
+MIN_ROWS = 16
+"""Fewer rows than this are never folded alone, unless the weight has no more."""
 
 
 def scaling(alpha: float, rank: int, *, use_rslora: bool) -> float:
@@ -30,6 +34,20 @@ def fold(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -
         [out, in] in the dtype of `weight`.
     """
     return (weight.float() + (b.float() @ a.float()) * scale).to(weight.dtype)
+
+
+def row_blocks(rows: int, width: int, limit: int) -> list[tuple[int, int]]:
+    """Split a [rows, width] weight into (first, count) blocks of about `limit` elements, for `fold_rows_`.
+
+    A matrix product of a few rows, or of width 1, goes to another kernel that sums in another order; then a block
+    would differ in the last bit from the whole. So blocks are even and never small.
+    """
+    if rows == 0 or width == 0:
+        return []
+    per_block = max(limit // width, 2 * MIN_ROWS)
+    blocks = max(1, rows // per_block) if width > 1 else 1
+    edges = [rows * index // blocks for index in range(blocks + 1)]
+    return [(first, end - first) for first, end in itertools.pairwise(edges)]
 
 
 def fold_rows_(rows: torch.Tensor, a: torch.Tensor, b_rows: torch.Tensor, scale: float, scratch: torch.Tensor) -> None:

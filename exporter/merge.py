@@ -15,7 +15,7 @@ import torch
 
 from exporter.adapter import Adapter, LoraPair
 from exporter.checkpoint import Tensor
-from exporter.lora import fold_rows_
+from exporter.lora import fold_rows_, row_blocks
 from exporter.plan import OutputFile
 from exporter.tensors import TORCH_DTYPE, read_into, read_tensor
 
@@ -23,6 +23,8 @@ VERSION = "1"
 """Part of every artifact's version: raise it when the bytes that this module writes for a given plan change."""
 BLOCK_BYTES = 4 * 1024 * 1024
 BLOCKS = 3
+FOLD_ELEMENTS = 1024 * 1024
+"""About how many weights are folded at a time: their float32 copy should stay in the processor's cache."""
 
 OnBytes = Callable[[int], None]
 """Told of every block handed on, in bytes; whatever it raises stops the work."""
@@ -56,11 +58,12 @@ def write_merged(planned: OutputFile, adapter: Adapter, sink: Sink, on_bytes: On
         VerificationFailed: A merged value is not finite.
         Exception: Whatever the sink or `on_bytes` raise.
     """
-    widest = max((tensor.shape[1] * 4 for tensor in planned.source.tensors if tensor.name in planned.merges), default=0)
-    scratch = torch.empty(max(BLOCK_BYTES, widest) // 2, dtype=torch.float32)
+    merged = [tensor for tensor in planned.source.tensors if tensor.name in planned.merges]
+    largest = max((_largest_block(tensor) for tensor in merged), default=0)
+    scratch = torch.empty(largest, dtype=torch.float32)
     with (
         planned.source.path.open("rb", buffering=0) as source,
-        _WriteBehind(sink, max(BLOCK_BYTES, widest)) as pipe,
+        _WriteBehind(sink, max(BLOCK_BYTES, largest * 4)) as pipe,
     ):
         pipe.write(planned.header)
         on_bytes(len(planned.header))
@@ -101,15 +104,18 @@ def _copied(step: _Copy) -> Iterator[_Block]:
         yield step.start + offset, min(BLOCK_BYTES, step.nbytes - offset), None
 
 
+def _largest_block(tensor: Tensor) -> int:
+    rows, width = tensor.shape
+    return max((count * width for _, count in row_blocks(rows, width, FOLD_ELEMENTS)), default=0)
+
+
 def _folded(step: _Merge, adapter: Adapter, scratch: torch.Tensor) -> Iterator[_Block]:
     rows, width = step.tensor.shape
     dtype = TORCH_DTYPE[step.tensor.dtype]
     row_bytes = width * dtype.itemsize
     a = read_tensor(adapter.file, step.pair.a).float()
     b = read_tensor(adapter.file, step.pair.b).float()
-    rows_per_block = max(1, BLOCK_BYTES // 2 // row_bytes)
-    for first in range(0, rows, rows_per_block):
-        count = min(rows_per_block, rows - first)
+    for first, count in row_blocks(rows, width, FOLD_ELEMENTS):
 
         def fold(block: bytearray, first: int = first, count: int = count) -> None:
             weight = torch.frombuffer(block, dtype=dtype, count=count * width).view(count, width)

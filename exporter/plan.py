@@ -77,7 +77,7 @@ def plan_merge(base: Checkpoint, adapter: Adapter, family: Family, config: Mappi
     for pair, target in targets:
         if target in merges:
             raise AdapterMismatch(
-                f"modules {merges[target].module!r} and {pair.module!r} both change {target!r}: two trainings in one file?",
+                f"modules {merges[target].module!r} and {pair.module!r} both change {target!r}.",
                 code="adapter_duplicate_target",
             )
         _check_fit(pair, tensors[target])

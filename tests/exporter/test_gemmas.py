@@ -84,9 +84,7 @@ def test_an_adapter_carries_the_names_of_the_library_that_trained_it(layout: Lay
 
 def test_the_saved_layout_is_what_the_library_writes(tmp_path: Path) -> None:
     for family in ("gemma3", "paligemma", "shieldgemma2", "gemma4_unified"):
-        model = save_base(
-            family, tmp_path / family, layout="saved", with_tokenizer=False, with_shared_kv=False
-        )
+        model = save_base(family, tmp_path / family, layout="saved", with_tokenizer=False, with_shared_kv=False)
         model.save_pretrained(tmp_path / "library" / family)
         assert_same_tensors(file_tensors(tmp_path / family), file_tensors(tmp_path / "library" / family))
 
@@ -115,7 +113,5 @@ def test_both_forms_of_the_tokenizer_agree(tmp_path: Path) -> None:
     assert fast(text).input_ids == [fast.bos_token_id, *slow.encode(text)]
     assert fast.decode(fast(text, add_special_tokens=False).input_ids) == text
     assert len(fast) == slow.vocab_size() == 320
-    prompt = fast.apply_chat_template(
-        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
-    )
+    prompt = fast.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
     assert prompt == "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"

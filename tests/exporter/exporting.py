@@ -1,0 +1,54 @@
+"""Runs the recipe of a merged model in this process, on real directories."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dispatcher.artifacts import LocalArtifacts, path_of
+from dispatcher.contract import ExportRecord, ExportType, State, TrainingJob
+from exporter.merged import Result, export_merged
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def training_job(base: Path | str, adapter: Path, **fields: str) -> TrainingJob:
+    """A completed training job of user `ann`."""
+    document = {"user_id": "ann", "status": "completed", "base_model_id": str(base), "adapter_path": str(adapter)}
+    return TrainingJob.from_document("job-1", {**document, **fields})
+
+
+def merged_record(**fields: object) -> ExportRecord:
+    """The record of `job-1.merged`, queued."""
+    return ExportRecord.model_validate(
+        {
+            "export_id": "job-1.merged",
+            "job_id": "job-1",
+            "user_id": "ann",
+            "export_type": ExportType.MERGED,
+            "state": State.QUEUED,
+            "adapter_fingerprint": "unknown",
+            "created_at": NOW,
+            "updated_at": NOW,
+            **fields,
+        }
+    )
+
+
+def export(base: Path | str, adapter: Path, store: Path, *, engine: str = "streaming") -> Result:
+    """Export base + adapter into an artifact store at `store`.
+
+    Raises:
+        ExportError: As `export_merged`.
+    """
+    return export_merged(
+        LocalArtifacts(store),
+        training_job(base, adapter),
+        merged_record(),
+        engine=engine,
+        token=None,
+        report=lambda stage, progress: None,
+    )
+
+
+def merged_into(base: Path | str, adapter: Path, store: Path, *, engine: str = "streaming") -> Path:
+    """As `export`; the directory of the merged model."""
+    return path_of(export(base, adapter, store, engine=engine).artifact.uri)
