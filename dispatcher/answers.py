@@ -1,10 +1,29 @@
-"""How a record looks to a caller: the bodies of the HTTP answers, which the CLI prints as well."""
+"""What travels in HTTP bodies, and in what the CLI prints: the request as read, a record as shown."""
 
 from datetime import datetime
 from typing import Any
 
-from dispatcher.contract import RESULT_FIELD, ExportRecord, State
+import pydantic
+
+from dispatcher.contract import RESULT_FIELD, ExportRecord, ExportRequest, State
+from dispatcher.errors import InvalidRequest
 from dispatcher.lifecycle import holds_live_lease
+from dispatcher.logs import clean
+
+
+def export_request(document: dict[str, Any]) -> ExportRequest:
+    """The request in a document; what is refused is named by field, and no value is repeated.
+
+    Raises:
+        InvalidRequest: A field is missing, unknown or wrong.
+    """
+    try:
+        return ExportRequest.model_validate(document)
+    except pydantic.ValidationError as error:
+        faults = error.errors(include_input=False, include_url=False, include_context=False)
+        texts = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": ") for fault in faults]
+    # Outside the handler, so without a cause: that error holds the input, and a log would show it.
+    raise InvalidRequest(clean("; ".join(texts), limit=1000))
 
 
 def shown_state(record: ExportRecord, now: datetime) -> State:

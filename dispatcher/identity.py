@@ -3,7 +3,7 @@
 import base64
 import binascii
 import json
-from collections.abc import Mapping
+from typing import Protocol
 
 from dispatcher.errors import Unauthenticated
 
@@ -11,11 +11,17 @@ USERINFO_HEADER = "X-Apigateway-Api-Userinfo"
 _LONGEST = 256
 
 
-def caller(headers: Mapping[str, str], local_user: str | None) -> str:
+class Headers(Protocol):
+    """A request's headers, looked up whatever their case."""
+
+    def get(self, name: str, /) -> str | None: ...
+
+
+def caller(headers: Headers, local_user: str | None) -> str:
     """The caller's user id: `sub` of the gateway's base64url JSON (padding may be missing).
 
     Args:
-        headers: The request's headers, looked up case-insensitively by their owner.
+        headers: The request's headers.
         local_user: Who a caller without that header is; None everywhere but on a loopback server.
 
     Raises:

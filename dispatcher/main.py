@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-import pydantic
-
 from dispatcher import answers, bootstrap
+from dispatcher.answers import export_request
 from dispatcher.contract import ExportRequest, State, is_export_id, is_job_id
 from dispatcher.errors import (
     BodyTooLarge,
@@ -27,6 +26,7 @@ from dispatcher.errors import (
 )
 from dispatcher.identity import caller
 from dispatcher.logs import bound, clean, trace_fields
+from dispatcher.service import Service
 
 if TYPE_CHECKING:
     import flask
@@ -141,7 +141,7 @@ def _cancel(request: "flask.Request", export_id: str) -> Answer:
     return _json(answers.status(service.cancel(export_id, user), service.now()))
 
 
-def _caller(request: "flask.Request") -> tuple[bootstrap.Service, str]:
+def _caller(request: "flask.Request") -> tuple[Service, str]:
     stack = bootstrap.current()
     # With any cloud setting there is no local user, whoever started the server.
     local_user = request.environ.get(LOCAL_USER_KEY) if stack.settings.embedded else None
@@ -164,7 +164,7 @@ def _body(request: "flask.Request") -> bytes:
 
 
 def _export_request(body: bytes) -> ExportRequest:
-    """The request in a body; what is refused is named by field, and no value is repeated.
+    """The request in a body; no piece of what cannot be read is repeated.
 
     Raises:
         InvalidRequest: It is no JSON object, or a field is missing, unknown or wrong.
@@ -178,13 +178,7 @@ def _export_request(body: bytes) -> ExportRequest:
         raise InvalidRequest("the body is no JSON: expected an object with job_id and export_type") from error
     if not isinstance(document, dict):
         raise InvalidRequest("the body is no JSON object: expected job_id and export_type")
-    try:
-        return ExportRequest.model_validate(document)
-    except pydantic.ValidationError as error:
-        faults = error.errors(include_input=False, include_url=False, include_context=False)
-        texts = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": ") for fault in faults]
-        # Without its cause: the error holds the input, and a traceback in a log would show it.
-        raise InvalidRequest(clean("; ".join(texts), limit=1000)) from None
+    return export_request(document)
 
 
 def _problem(error: Exception) -> Answer:
@@ -194,10 +188,8 @@ def _problem(error: Exception) -> Answer:
     if refusal.status is HTTPStatus.INTERNAL_SERVER_ERROR:
         fault_id = uuid.uuid4().hex
         logger.error("fault %s", fault_id, exc_info=error, extra={"fault_id": fault_id})
-        problem |= {
-            "detail": f"a fault of ours; quote {fault_id} when you report it",
-            "instance": f"urn:uuid:{fault_id}",
-        }
+        problem["detail"] = f"a fault of ours; quote {fault_id} when you report it"
+        problem["instance"] = f"urn:uuid:{fault_id}"
     elif isinstance(error, Unauthenticated):
         logger.warning("refused: %s", refusal.message)
     elif refusal.status is HTTPStatus.SERVICE_UNAVAILABLE:

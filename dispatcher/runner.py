@@ -114,6 +114,11 @@ class ProcessRunner:
             return None
         return run.exit_code
 
+    def is_busy(self, job_id: str) -> bool:
+        """Whether an execution of this job, started here, has not ended."""
+        with self._lock:
+            return any(run.job_id == job_id and not run.ended.is_set() for run in self._runs.values())
+
     def close(self) -> None:
         """Stop retrying; what runs goes on, since a dispatcher that ends must not end the work."""
         self._closed.set()

@@ -44,6 +44,8 @@ class Settings:
     execution: str | None = None
     task_attempt: int = 0
     hf_token: str | None = field(default=None, repr=False)
+    id_token: str | None = field(default=None, repr=False)
+    """What the CLI shows a dispatcher behind a URL."""
     traceparent: str | None = None
 
     @classmethod
@@ -81,6 +83,7 @@ class Settings:
             execution=env.get("CLOUD_RUN_EXECUTION"),
             task_attempt=_number(env, "CLOUD_RUN_TASK_ATTEMPT", 0, at_least=0),
             hf_token=env.get("HF_TOKEN"),
+            id_token=env.get("GEMMA_EXPORT_ID_TOKEN"),
             traceparent=env.get("TRACEPARENT"),
         )
 
