@@ -182,8 +182,7 @@ class ArtifactConflict(ExportError):
 
 
 class StorageFull(ExportError):
-    """No room for the artifact; the attempt's files were removed."""
+    """No room for the artifact; the attempt's files were removed. Somebody must free some before asking again."""
 
     code = "storage_full"
     status = HTTPStatus.INSUFFICIENT_STORAGE
-    retryable = True

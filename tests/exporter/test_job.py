@@ -1,0 +1,433 @@
+"""One execution of the exporter: who may work on what, what it records, and what it leaves behind."""
+
+import json
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from dispatcher.artifacts import ArtifactWriter, LocalArtifacts, path_of
+from dispatcher.contract import ExportRecord, ExportType, Lease, State
+from dispatcher.errors import ArtifactConflict, NotFound, StorageFull, TokenExpired, Unavailable
+from dispatcher.lifecycle import Actor, transition
+from dispatcher.records import SqliteRecords, update
+from dispatcher.tokens import FileTokens
+from exporter.job import ExitCode, Order, Stores, run_job
+from exporter.lease import utc_now
+from exporter.manifest import publish_manifest
+from tests.exporter.damage import edit_adapter, edit_config
+from tests.exporter.exporting import merged_record
+from tests.gemmas import make_adapter, save_base
+
+EXPORT = "job-1.merged"
+
+
+class Place:
+    """A laptop's stores with one completed training job in them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.records = SqliteRecords(root / "records.db")
+        self.artifacts = LocalArtifacts(root / "artifacts")
+        self.tokens = FileTokens(root / "tokens")
+        self.stop = threading.Event()
+        self.stores = Stores(self.records, self.artifacts, self.tokens, lease_seconds=60, max_attempts=3)
+        model = save_base("gemma3_text", root / "base")
+        make_adapter("gemma3_text", model, root / "adapter")
+        document = {
+            "user_id": "ann",
+            "status": "completed",
+            "base_model_id": str(root / "base"),
+            "artifacts": {"raw": {"adapter": str(root / "adapter")}, "kept": 1},
+        }
+        assert self.records.put_job("job-1", document)
+
+    def queue(self, **fields: object) -> ExportRecord:
+        record = merged_record(**fields)
+        assert self.records.create_export(record)
+        return record
+
+    def run(self, **order: object) -> ExitCode:
+        wanted = Order(job_id="job-1", execution=f"test-{secrets.token_hex(3)}")
+        return run_job(replace(wanted, **order), self.stores, self.stop)  # type: ignore[arg-type]  # fields by name
+
+    def record(self) -> ExportRecord:
+        record = self.records.get_export(EXPORT)
+        assert record is not None
+        return record
+
+    def files(self) -> list[str]:
+        root = self.root / "artifacts"
+        return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    place = Place(tmp_path)
+    yield place
+    place.records.close()
+
+
+def test_a_queued_export_is_made_and_recorded_with_its_proof(place: Place) -> None:
+    place.queue()
+    assert place.run() is ExitCode.DONE
+    record = place.record()
+    assert record.state is State.COMPLETED
+    assert record.progress == 1.0
+    assert record.lease is None
+    merged = path_of(record.artifacts[0].uri)
+    manifest = json.loads((merged / "export.json").read_text())
+    assert merged.parent == place.root / "artifacts" / "merged_models" / "job-1"
+    assert manifest["base"]["id"] == str(place.root / "base")
+    assert manifest["base"]["revision"].startswith("directory:")
+    assert manifest["adapter"]["fingerprint"] == record.adapter_fingerprint
+    assert manifest["engine"]["name"] == "streaming"
+    assert manifest["libraries"].keys() == {"torch", "transformers", "peft", "safetensors"}
+    assert manifest["tensors"]["merged"] == 14
+    assert manifest["tensors"]["copied"] > 0
+    assert manifest["run"]["wall_seconds"] > 0
+    assert manifest["run"]["peak_rss_bytes"] > 2**20
+    listed = {file.name: (file.size, file.crc32c) for file in LocalArtifacts(place.root).list(str(merged))}
+    listed.pop("export.json")
+    assert {file["name"]: (file["bytes"], file["crc32c"]) for file in manifest["files"]} == listed
+
+
+def test_the_training_job_learns_the_path_and_keeps_the_rest(place: Place) -> None:
+    place.queue()
+    place.run()
+    with place.records._connection() as connection:
+        (text,) = connection.execute("SELECT document FROM training_jobs").fetchone()
+    document = json.loads(text)
+    path = place.record().artifacts[0].uri
+    assert document["merged_path"] == path
+    assert document["artifacts"] == {"raw": {"adapter": str(place.root / "adapter"), "merged": path}, "kept": 1}
+
+
+def test_tokenizer_and_template_come_from_the_adapter_where_it_has_them(place: Place) -> None:
+    (place.root / "adapter" / "chat_template.jinja").write_text("the adapter's")
+    (place.root / "adapter" / "additional_chat_templates").mkdir()
+    (place.root / "adapter" / "additional_chat_templates" / "tool.jinja").write_text("a tool's")
+    (place.root / "base" / "chat_template.jinja").write_text("the base's")
+    place.queue()
+    place.run()
+    merged = path_of(place.record().artifacts[0].uri)
+    assert (merged / "chat_template.jinja").read_text() == "the adapter's"
+    assert (merged / "additional_chat_templates" / "tool.jinja").read_text() == "a tool's"
+    assert (merged / "tokenizer.model").read_bytes() == (place.root / "base" / "tokenizer.model").read_bytes()
+    assert not (merged / "adapter_config.json").exists()
+
+
+def test_a_second_run_finds_nothing_to_do(place: Place) -> None:
+    place.queue()
+    place.run()
+    before = (place.record(), place.files())
+    assert place.run() is ExitCode.DONE
+    assert (place.record(), place.files()) == before
+
+
+def test_forcing_makes_a_new_version_and_keeps_the_old(place: Place) -> None:
+    place.queue()
+    place.run()
+    first = place.record().artifacts[0]
+    assert place.run(force_nonce="n1") is ExitCode.DONE
+    second = place.record().artifacts[0]
+    assert second.version != first.version
+    assert path_of(first.uri).is_dir()
+
+
+def test_an_operator_may_ask_for_an_export_that_nobody_requested(place: Place) -> None:
+    assert place.run(export_type=ExportType.MERGED) is ExitCode.DONE
+    record = place.record()
+    assert record.state is State.COMPLETED
+    assert record.user_id == "ann"
+
+
+def test_a_manifest_without_a_record_is_only_recorded(place: Place) -> None:
+    """As after a crash between the manifest and the record: no byte is written again."""
+    place.queue()
+    place.run()
+    before = {name: (place.root / "artifacts" / name).stat().st_mtime_ns for name in place.files()}
+    update(
+        place.records,
+        EXPORT,
+        lambda record: transition(record, State.QUEUED, by=Actor.OPERATOR, now=utc_now()),
+    )
+    assert place.run() is ExitCode.DONE
+    assert place.record().state is State.COMPLETED
+    assert {name: (place.root / "artifacts" / name).stat().st_mtime_ns for name in place.files()} == before
+
+
+def test_a_published_artifact_that_lost_a_file_is_not_recorded_as_complete(place: Place) -> None:
+    place.queue()
+    place.run()
+    (path_of(place.record().artifacts[0].uri) / "model.safetensors").unlink()
+    update(
+        place.records,
+        EXPORT,
+        lambda record: transition(record, State.QUEUED, by=Actor.OPERATOR, now=utc_now()),
+    )
+    assert place.run() is ExitCode.FAILED
+    error = place.record().error
+    assert error is not None
+    assert error.code == "artifact_damaged"
+
+
+def test_what_a_dead_attempt_left_is_removed(place: Place) -> None:
+    place.queue()
+    dead = place.root / "artifacts" / "merged_models" / "job-1" / "0123456789ab"
+    dead.mkdir(parents=True)
+    (dead / ".model.safetensors.aa.partial").write_bytes(b"half")
+    (dead / "config.json").write_text("{}")
+    assert place.run() is ExitCode.DONE
+    assert not dead.exists()
+
+
+def _leased(place: Place, owner: str, seconds: int) -> None:
+    now = utc_now()
+    lease = Lease(lease_id="theirs", owner=owner, expires_at=now + timedelta(seconds=seconds))
+    update(
+        place.records,
+        EXPORT,
+        lambda record: transition(record, State.RUNNING, by=Actor.EXPORTER, now=now, lease=lease, execution=owner),
+    )
+
+
+def test_someone_elses_live_lease_is_respected(place: Place) -> None:
+    place.queue()
+    _leased(place, "other", 60)
+    before = place.record()
+    assert place.run() is ExitCode.DONE
+    assert place.record() == before
+    assert place.files() == []
+
+
+def test_an_expired_lease_is_taken_over(place: Place) -> None:
+    place.queue()
+    _leased(place, "other", -1)
+    assert place.run() is ExitCode.DONE
+    assert place.record().state is State.COMPLETED
+    assert place.record().attempt == 2
+
+
+def test_the_same_executions_next_attempt_takes_over_at_once(place: Place) -> None:
+    place.queue()
+    _leased(place, "mine", 60)
+    assert place.run(execution="mine") is ExitCode.DONE
+    assert place.record().state is State.COMPLETED
+
+
+def test_the_triggers_lease_is_adopted(place: Place) -> None:
+    place.queue()
+    now = utc_now()
+    lease = Lease(lease_id="handed", owner="trigger", expires_at=now + timedelta(seconds=60))
+    update(
+        place.records,
+        EXPORT,
+        lambda record: transition(record, State.STARTING, by=Actor.TRIGGER, now=now, lease=lease),
+    )
+    assert place.run(export_id=EXPORT, lease_id="wrong") is ExitCode.DONE
+    assert place.record().state is State.STARTING
+    assert place.run(export_id=EXPORT, lease_id="handed") is ExitCode.DONE
+    assert place.record().state is State.COMPLETED
+
+
+def test_a_permanent_fault_is_recorded_and_said_again(place: Place) -> None:
+    place.queue()
+    edit_config(place.root / "adapter", use_dora=True)
+    assert place.run(execution="e1", export_id=EXPORT) is ExitCode.FAILED
+    record = place.record()
+    assert record.error is not None
+    assert record.error.code == "unsupported_use_dora"
+    assert not record.error.retryable
+    assert place.files() == []
+    assert place.run(execution="e1", export_id=EXPORT) is ExitCode.FAILED
+    assert place.record().attempt == 1
+
+
+def test_an_operator_reruns_a_failed_export_after_mending_it(place: Place) -> None:
+    place.queue()
+    edit_config(place.root / "adapter", use_dora=True)
+    place.run()
+    edit_config(place.root / "adapter", use_dora=False)
+    assert place.run() is ExitCode.DONE
+    assert place.record().state is State.COMPLETED
+    assert place.record().error is None
+
+
+class _Failing(LocalArtifacts):
+    """A store whose writers fail after some bytes."""
+
+    def __init__(self, root: Path, error: Exception, after: int) -> None:
+        super().__init__(root)
+        self.error, self.after, self.written = error, after, 0
+
+    def create(self, path: str) -> ArtifactWriter:
+        writer, store = super().create(path), self
+
+        class Writer:
+            def write(self, data: bytes | bytearray | memoryview) -> None:
+                store.written += len(data)
+                if store.written > store.after:
+                    raise store.error
+                writer.write(data)
+
+            commit = staticmethod(writer.commit)
+            discard = staticmethod(writer.discard)
+
+        return Writer()
+
+
+def test_a_full_disk_fails_clearly_and_leaves_nothing(place: Place) -> None:
+    place.queue()
+    full = _Failing(place.root / "artifacts", StorageFull("no room left"), after=9000)
+    place.stores = replace(place.stores, artifacts=full)
+    assert place.run() is ExitCode.FAILED
+    error = place.record().error
+    assert error is not None
+    assert error.code == "storage_full"
+    assert place.files() == []
+
+
+def test_a_passing_fault_is_tried_again_and_then_given_up(place: Place) -> None:
+    place.queue()
+    broken = _Failing(place.root / "artifacts", Unavailable("the bucket is down"), after=9000)
+    place.stores = replace(place.stores, artifacts=broken)
+    for _ in range(2):
+        assert place.run(execution="e", export_id=EXPORT) is ExitCode.TRY_AGAIN
+        assert place.record().state is State.QUEUED
+        assert place.files() == []
+    assert place.run(execution="e", export_id=EXPORT) is ExitCode.FAILED
+    error = place.record().error
+    assert error is not None
+    assert error.retryable
+
+
+def test_a_fault_of_ours_ends_in_the_record(place: Place) -> None:
+    place.queue()
+    place.stores = replace(place.stores, artifacts=_Failing(place.root / "artifacts", KeyError("oops"), after=0))
+    assert place.run() is ExitCode.FAILED
+    error = place.record().error
+    assert error is not None
+    assert error.code == "internal"
+
+
+class _Interfering(LocalArtifacts):
+    """A store that does something else when the first file is begun."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.interfere: Callable[[], None] = lambda: None
+
+    def create(self, path: str) -> ArtifactWriter:
+        self.interfere()
+        return super().create(path)
+
+
+def test_sigterm_gives_the_export_back_to_the_queue(place: Place) -> None:
+    place.queue()
+    store = _Interfering(place.root / "artifacts")
+    store.interfere = place.stop.set
+    place.stores = replace(place.stores, artifacts=store)
+    assert place.run() is ExitCode.TRY_AGAIN
+    assert place.record().state is State.QUEUED
+    assert place.files() == []
+
+
+def test_a_cancelled_export_publishes_nothing(place: Place) -> None:
+    """The cancellation comes while the weights are written; the record's compare-and-set decides."""
+    place.queue()
+    store = _Interfering(place.root / "artifacts")
+
+    def cancel() -> None:
+        if place.record().state is State.RUNNING:
+            update(
+                place.records,
+                EXPORT,
+                lambda record: transition(record, State.CANCELLED, by=Actor.CALLER, now=utc_now()),
+            )
+
+    store.interfere = cancel
+    place.stores = replace(place.stores, artifacts=store)
+    assert place.run() is ExitCode.DONE
+    assert place.record().state is State.CANCELLED
+    assert place.record().artifacts == ()
+
+
+def test_a_manifest_with_other_content_is_a_conflict(place: Place) -> None:
+    place.queue()
+    place.run()
+    merged = path_of(place.record().artifacts[0].uri)
+    manifest = json.loads((merged / "export.json").read_text())
+    run = manifest.pop("run")
+    directory = f"merged_models/job-1/{merged.name}"
+    publish_manifest(place.artifacts, directory, manifest, {**run, "wall_seconds": 99})
+    with pytest.raises(ArtifactConflict) as conflict:
+        publish_manifest(place.artifacts, directory, {**manifest, "tensors": {}}, run)
+    assert conflict.value.error_code == "manifest_conflict"
+    assert not list(merged.glob(".*partial"))
+
+
+def test_the_token_is_dropped_when_the_export_is_finished(place: Place) -> None:
+    ref = place.tokens.put(EXPORT, "hf_secret123456")
+    place.queue(token_ref=ref)
+    assert place.run() is ExitCode.DONE
+    assert place.record().token_ref is None
+    with pytest.raises(TokenExpired):
+        place.tokens.get(ref)
+
+
+def test_an_expired_token_says_how_to_go_on(place: Place) -> None:
+    ref = place.tokens.put(EXPORT, "hf_secret123456")
+    place.tokens.delete(ref)
+    place.queue(token_ref=ref)
+    assert place.run() is ExitCode.FAILED
+    error = place.record().error
+    assert error is not None
+    assert error.code == "token_expired"
+    assert "hf_token" in error.message
+
+
+def test_an_unknown_job_or_export_is_named(place: Place) -> None:
+    with pytest.raises(NotFound) as missing:
+        place.run(job_id="nobody")
+    assert missing.value.error_code == "job_not_found"
+    with pytest.raises(NotFound) as missing:
+        place.run(export_id="job-1.gguf.q8_0")
+    assert missing.value.error_code == "export_not_found"
+
+
+def test_an_adapter_changed_since_the_request_is_exported_as_it_is_now(place: Place) -> None:
+    place.queue(adapter_fingerprint="of the older one")
+    edit_adapter(place.root / "adapter", lambda tensors: {k: v * 2 for k, v in tensors.items()})
+    assert place.run() is ExitCode.DONE
+    assert place.record().adapter_fingerprint == place.artifacts.fingerprint(str(place.root / "adapter"))
+
+
+def test_a_base_changed_in_place_makes_another_version(place: Place) -> None:
+    place.queue()
+    place.run()
+    first = place.record().artifacts[0].version
+    os.utime(place.root / "base" / "model.safetensors", ns=(1, 1))
+    update(
+        place.records,
+        EXPORT,
+        lambda record: transition(record, State.QUEUED, by=Actor.OPERATOR, now=utc_now()),
+    )
+    place.run()
+    assert place.record().artifacts[0].version != first
+
+
+def test_peft_is_the_way_out_and_agrees_on_a_plain_adapter(place: Place) -> None:
+    place.queue()
+    assert place.run(engine="peft") is ExitCode.DONE
+    record = place.record()
+    merged = path_of(record.artifacts[0].uri)
+    manifest = json.loads((merged / "export.json").read_text())
+    assert manifest["engine"]["name"] == "peft"
+    assert manifest["tensors"]["merged"] == 14
+    assert (merged / "tokenizer.model").is_file()
