@@ -37,7 +37,8 @@ class Settings:
     project_id: str | None = None
     lease_seconds: int = 120
     max_unfinished_per_user: int = 20
-    max_attempts: int = 5
+    max_attempts: int = 4
+    """As many as a first try and the three retries that Cloud Run and the embedded runner make."""
     engine: str = "auto"
     export_id: str | None = None
     lease_id: str | None = None

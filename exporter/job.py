@@ -121,6 +121,7 @@ def _wished(order: Order, stores: Stores, job: TrainingJob) -> ExportRecord:
             "an adapter is exported by POST /export alone: there is nothing to run.", code="nothing_to_run"
         )
     kind = order.export_type or ExportType.MERGED
+    _refuse_unavailable(kind)
     if job.status != State.COMPLETED:
         raise SourceError(f"training job {job.job_id} is {job.status!r}, not completed.", code="job_not_completed")
     now = utc_now()
@@ -141,6 +142,11 @@ def _wished(order: Order, stores: Stores, job: TrainingJob) -> ExportRecord:
         return record
     found = stores.records.get_export(record.export_id)
     return _requeued(found or record, order, stores)
+
+
+def _refuse_unavailable(kind: ExportType) -> None:
+    if kind is not ExportType.MERGED:
+        raise NotAvailable(f"{kind} exports are not in this build.", code=f"{kind}_not_available")
 
 
 def _requeued(record: ExportRecord, order: Order, stores: Stores) -> ExportRecord:
@@ -205,10 +211,7 @@ def _run_export(
 
 
 def _make(record: ExportRecord, order: Order, stores: Stores, job: TrainingJob, heartbeat: Heartbeat) -> Result:
-    if record.export_type is not ExportType.MERGED:
-        raise NotAvailable(
-            f"{record.export_type} exports are not in this build.", code=f"{record.export_type}_not_available"
-        )
+    _refuse_unavailable(record.export_type)
     token = stores.tokens.get(record.token_ref) if record.token_ref else stores.hf_token
     return export_merged(stores.artifacts, job, record, engine=order.engine, token=token, report=heartbeat.report)
 

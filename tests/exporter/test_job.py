@@ -13,7 +13,7 @@ import pytest
 
 from dispatcher.artifacts import ArtifactWriter, LocalArtifacts, path_of
 from dispatcher.contract import ExportRecord, ExportType, Lease, State
-from dispatcher.errors import ArtifactConflict, NotFound, StorageFull, TokenExpired, Unavailable
+from dispatcher.errors import ArtifactConflict, NotAvailable, NotFound, StorageFull, TokenExpired, Unavailable
 from dispatcher.lifecycle import Actor, transition
 from dispatcher.records import SqliteRecords, update
 from dispatcher.tokens import FileTokens
@@ -431,3 +431,13 @@ def test_peft_is_the_way_out_and_agrees_on_a_plain_adapter(place: Place) -> None
     assert manifest["engine"]["name"] == "peft"
     assert manifest["tensors"]["merged"] == 14
     assert (merged / "tokenizer.model").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"), [(ExportType.GGUF, "gguf_not_available"), (ExportType.ADAPTER, "nothing_to_run")]
+)
+def test_what_cannot_be_run_is_refused_before_it_is_recorded(kind: ExportType, code: str, place: Place) -> None:
+    with pytest.raises(NotAvailable) as refused:
+        place.run(export_type=kind)
+    assert refused.value.error_code == code
+    assert place.records.list_exports() == []

@@ -1,0 +1,173 @@
+"""The exporter as the process that the platform starts: arguments, exit codes, signals, and death."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dispatcher.contract import ExportRecord, State
+from dispatcher.records import SqliteRecords
+from dispatcher.settings import Settings
+from exporter.checkpoint import Tensor, header_bytes, read_tensor_file
+from tests.exporter.exporting import merged_record
+from tests.gemmas import make_adapter, save_base
+from tests.waiting import until
+
+PADDING = 400_000_000
+
+
+class Machine:
+    """A state directory with one completed training job, and the exporter started on it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.environment = {**os.environ, "GEMMA_EXPORT_HOME": str(root / "home"), "LEASE_SECONDS": "60"}
+        self.records = SqliteRecords(root / "home" / "records.db")
+        model = save_base("gemma3_text", root / "base")
+        make_adapter("gemma3_text", model, root / "adapter")
+        document = {
+            "user_id": "ann",
+            "status": "completed",
+            "base_model_id": str(root / "base"),
+            "adapter_path": str(root / "adapter"),
+        }
+        assert self.records.put_job("job-1", document)
+
+    def start(self, *arguments: str, execution: str = "e1") -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "exporter", *arguments],
+            env={**self.environment, "CLOUD_RUN_EXECUTION": execution},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str, execution: str = "e1") -> tuple[int, str]:
+        with self.start(*arguments, execution=execution) as process:
+            _, errors = process.communicate(timeout=120)
+        return process.returncode, errors
+
+    def record(self) -> ExportRecord:
+        record = self.records.get_export("job-1.merged")
+        assert record is not None
+        return record
+
+    def partials(self) -> list[Path]:
+        return list((self.root / "home").rglob("*.partial"))
+
+    def enlarge_base(self) -> None:
+        """Give the base a large tensor of zeros (a hole in the file), so that copying it takes a moment."""
+        path = self.root / "base" / "model.safetensors"
+        file = read_tensor_file(path)
+        data = path.read_bytes()[-sum(tensor.nbytes for tensor in file.tensors) :]
+        padding = Tensor("model.padding", "U8", (PADDING,), 0, PADDING)
+        with path.open("wb") as output:
+            output.write(header_bytes([*file.tensors, padding], file.metadata) + data)
+            output.truncate(output.tell() + PADDING)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    machine = Machine(tmp_path)
+    yield machine
+    machine.records.close()
+
+
+def test_the_operators_command_exports_and_ends_with_0(machine: Machine) -> None:
+    code, errors = machine.run("job-1", "--export-type", "merged")
+    assert code == 0, errors
+    assert machine.record().state is State.COMPLETED
+    lines = [json.loads(line) for line in errors.splitlines()]
+    assert {line["job_id"] for line in lines} == {"job-1"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("nobody",), 1, "job_not_found"),
+        (("--", "--force"), 1, "invalid_job_id"),
+        (("a/b",), 1, "invalid_job_id"),
+        (("..",), 1, "invalid_job_id"),
+        (("a,b",), 1, "invalid_job_id"),
+        (("x" * 300,), 1, "invalid_job_id"),
+        (("job-1", "--quantization", "q8_0"), 1, "invalid_request"),
+        (("--force",), 2, "JOB_ID"),
+    ],
+)
+def test_an_order_that_cannot_be_followed_is_refused(
+    arguments: tuple[str, ...], code: int, said: str, machine: Machine
+) -> None:
+    found, errors = machine.run(*arguments)
+    assert found == code
+    assert said in errors
+
+
+def test_a_misspelt_setting_is_named(machine: Machine) -> None:
+    machine.environment["LEASE_SECONDS"] = "soon"
+    code, errors = machine.run("job-1")
+    assert code == 1
+    assert "LEASE_SECONDS" in errors
+
+
+def test_killed_while_writing_the_next_attempt_finishes_and_cleans_up(machine: Machine) -> None:
+    """SIGKILL runs no handler: the half-written file stays until the same execution's next attempt."""
+    machine.enlarge_base()
+    assert machine.records.create_export(merged_record())
+    with machine.start("job-1") as process:
+        until(machine.partials, "the first bytes")
+        process.kill()
+    assert machine.record().state is State.RUNNING
+    assert len(machine.partials()) == 1
+    code, errors = machine.run("job-1")
+    assert code == 0, errors
+    assert machine.record().state is State.COMPLETED
+    assert machine.record().attempt == 2
+    assert machine.partials() == []
+
+
+def test_sigterm_while_writing_gives_the_export_back_and_says_75(machine: Machine) -> None:
+    machine.enlarge_base()
+    assert machine.records.create_export(merged_record())
+    with machine.start("job-1") as process:
+        until(machine.partials, "the first bytes")
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=10)
+    assert process.returncode == 75, errors
+    assert machine.record().state is State.QUEUED
+    assert machine.record().lease is None
+    assert not [path for path in (machine.root / "home" / "artifacts").rglob("*") if path.is_file()]
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_nothing(machine: Machine) -> None:
+    """The real thing: a file system of 8 MiB, where this machine lets us mount one."""
+    artifacts = machine.root / "home" / "artifacts"
+    artifacts.mkdir(parents=True)
+    mount = f"mount -t tmpfs -o size=8m tmpfs '{artifacts}'"
+    command = f"{mount} && '{sys.executable}' -m exporter job-1; code=$?; find '{artifacts}' -type f; exit $code"
+    probe = subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False)  # noqa: S607
+    if probe.returncode != 0:
+        pytest.skip("this machine allows no mount in a namespace of its own")
+    machine.enlarge_base()
+    assert machine.records.create_export(merged_record())
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", command],  # noqa: S607
+        env=machine.environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    error = machine.record().error
+    assert error is not None
+    assert error.code == "storage_full"
+
+
+def test_settings_for_a_child_open_the_same_stores(machine: Machine) -> None:
+    settings = Settings.from_env(machine.environment)
+    assert Settings.from_env(settings.to_environment()).records_url == settings.records_url
