@@ -71,9 +71,7 @@ def peft_merged(base: Path, adapter: Path, *, dtype: torch.dtype | str = "auto")
     stored = safetensors.torch.load_file(adapter / "adapter_model.safetensors")
     loaded = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     assert len(loaded) == len(stored), f"PEFT has {len(loaded)} factors, the adapter {len(stored)}"
-    assert sum(map(_mass, loaded.values())) == sum(map(_mass, stored.values())), (
-        "PEFT did not load the adapter"
-    )
+    assert sum(map(_mass, loaded.values())) == sum(map(_mass, stored.values())), "PEFT did not load the adapter"
     return model_tensors(wrapped.merge_and_unload())
 
 

@@ -72,9 +72,7 @@ def checkpoint_tensors(
     """What a checkpoint of `model` holds, by today's module names: contiguous, without tied duplicates."""
     tied = set(model.all_tied_weights_keys)
     tensors = {
-        name: tensor.detach().clone().contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in tied
+        name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items() if name not in tied
     }
     if with_shared_kv:
         tensors |= _shared_kv(model, tensors)
@@ -86,14 +84,10 @@ def shared_kv_names(family: str, model: transformers.PreTrainedModel, layout: La
     return {renamed(family, layout, name) for name in _shared_kv(model, dict(model.state_dict()))}
 
 
-def _shared_kv(
-    model: transformers.PreTrainedModel, tensors: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _shared_kv(model: transformers.PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     text = model.config.get_text_config()
     shared = getattr(text, "num_kv_shared_layers", 0)
-    prefix = (
-        "model.language_model.layers" if "model.language_model.norm.weight" in tensors else "model.layers"
-    )
+    prefix = "model.language_model.layers" if "model.language_model.norm.weight" in tensors else "model.layers"
     generator = torch.Generator().manual_seed(2)
     added: dict[str, torch.Tensor] = {}
     for layer in range(text.num_hidden_layers - shared, text.num_hidden_layers):
@@ -171,20 +165,14 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Bitwise equality; unlike `torch.equal`, NaN equals itself and -0.0 is not 0.0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    flat_a, flat_b = (
-        tensor.detach().contiguous().reshape(math.prod(a.shape)).view(torch.uint8) for tensor in (a, b)
-    )
+    flat_a, flat_b = (tensor.detach().contiguous().reshape(math.prod(a.shape)).view(torch.uint8) for tensor in (a, b))
     return torch.equal(flat_a, flat_b)
 
 
 def text_logits(model: Any) -> torch.Tensor:
     """The model's logits for a fixed text prompt, [1, 8, vocabulary], float32."""
     inner = model.model if type(model).__name__ == "ShieldGemma2ForImageClassification" else model
-    extra = (
-        {"token_type_ids": torch.zeros(1, 8, dtype=torch.long)}
-        if inner.config.model_type == "paligemma"
-        else {}
-    )
+    extra = {"token_type_ids": torch.zeros(1, 8, dtype=torch.long)} if inner.config.model_type == "paligemma" else {}
     with torch.no_grad():
         logits: torch.Tensor = inner(input_ids=torch.arange(20, 28)[None], **extra).logits
     return logits.float()

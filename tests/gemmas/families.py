@@ -151,9 +151,7 @@ def _gemma4_moe() -> Any:
 
 def _gemma4() -> Any:
     return transformers.Gemma4ForConditionalGeneration(
-        transformers.Gemma4Config(
-            text_config=GEMMA4_TEXT, vision_config=GEMMA4_VISION, audio_config=GEMMA4_AUDIO
-        )
+        transformers.Gemma4Config(text_config=GEMMA4_TEXT, vision_config=GEMMA4_VISION, audio_config=GEMMA4_AUDIO)
     )
 
 
@@ -192,9 +190,7 @@ CASES = [(family.name, layout) for family in FAMILIES.values() for layout in fam
 """Every family in each of its distinct layouts, for `pytest.mark.parametrize`."""
 
 
-def build_model(
-    family: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16
-) -> transformers.PreTrainedModel:
+def build_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> transformers.PreTrainedModel:
     """A model of `family` in eval mode, every finite weight and buffer random and distinct.
 
     transformers initialises norms, scalars and scales with constants: a swapped tensor would not show.

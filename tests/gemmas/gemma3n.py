@@ -45,9 +45,7 @@ def other_towers(text: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Vision, audio and embedder tensors under their hub names."""
     generator = torch.Generator().manual_seed(1)
     whole = config(text, dtype)
-    shapes = {
-        f"model.vision_tower.timm_model.{name}": torch.Size(shape) for name, shape in VISION_SHAPES.items()
-    }
+    shapes = {f"model.vision_tower.timm_model.{name}": torch.Size(shape) for name, shape in VISION_SHAPES.items()}
     with torch.device("meta"):
         modules = {
             "model.audio_tower.": Gemma3nAudioEncoder(whole.audio_config),

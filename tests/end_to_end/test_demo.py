@@ -1,0 +1,43 @@
+"""The demonstration shows what it claims, and would not show it of a model that was not merged."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dispatcher import demo
+from dispatcher.errors import ExportError
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("demo")
+    assert demo.run(directory) == 0
+    return directory
+
+
+def test_the_demo_leaves_a_merged_model_that_recites(shown: Path) -> None:
+    (merged,) = (shown / "home/artifacts/merged_models/demo").iterdir()
+    status, said = _compared(shown, merged)
+    assert status == 0
+    assert said["recites"] == {"base": False, "adapter": True, "merged": True}
+    assert said["answers"]["merged"] == said["sentence"]
+
+
+def test_a_model_that_was_not_merged_fails_the_demo(shown: Path) -> None:
+    status, said = _compared(shown, shown / "base")
+    assert status == 1
+    assert said["recites"] == {"base": False, "adapter": True, "merged": False}
+
+
+def test_a_directory_of_an_earlier_demo_is_refused(shown: Path) -> None:
+    with pytest.raises(ExportError, match="name another directory"):
+        demo.run(shown)
+
+
+def _compared(directory: Path, merged: Path) -> tuple[int, dict[str, dict[str, object]]]:
+    command = [sys.executable, "-m", "exporter.demo", "compare", str(directory), str(merged), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, json.loads(done.stdout)
