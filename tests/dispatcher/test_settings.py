@@ -1,0 +1,86 @@
+"""What the environment decides, and that nonsense in it is named."""
+
+from pathlib import Path
+
+import pytest
+
+from dispatcher.errors import Misconfigured
+from dispatcher.settings import Settings
+
+
+def test_without_any_variable_everything_is_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All state lies under `.gemma-export` of where it is run."""
+    monkeypatch.chdir(tmp_path)
+    settings = Settings.from_env({})
+    assert settings.embedded
+    assert settings.home == tmp_path / ".gemma-export"
+    assert settings.records_url == f"sqlite://{tmp_path}/.gemma-export/records.db"
+    assert (settings.queue_url, settings.runner_url) == ("inline:", "process:")
+    assert settings.bucket == "gemma-export-bucket"
+
+
+def test_with_a_project_google_cloud_is_the_default() -> None:
+    """`PROJECT_ID` and `GCS_EXPORT_BUCKET_NAME` keep their meaning."""
+    settings = Settings.from_env({"PROJECT_ID": "p", "GCS_EXPORT_BUCKET_NAME": "b"})
+    assert not settings.embedded
+    assert settings.records_url == "firestore://p/(default)"
+    assert settings.artifacts_url == "gs://b"
+    assert settings.runner_url == "run://p/us-central1/gemma-exporter"
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        {"PROJECT_ID": "p"},
+        {"K_SERVICE": "s"},
+        {"CLOUD_RUN_JOB": "j"},
+        {"GCS_EXPORT_BUCKET_NAME": "b"},
+        {"ARTIFACTS_URL": "gs://b"},
+        {"QUEUE_URL": "pubsub://p/t"},
+    ],
+)
+def test_any_cloud_setting_ends_embedded_mode(variable: dict[str, str]) -> None:
+    """One is enough: a forgotten variable cannot open the door to a local user."""
+    assert not Settings.from_env(variable).embedded
+
+
+def test_a_child_process_opens_the_same_stores() -> None:
+    """Also from a home with characters that mean something in a URL; and no secret is passed on."""
+    settings = Settings.from_env({"GEMMA_EXPORT_HOME": "/home/a b#c%20?d", "HF_TOKEN": "hf_secret"})
+    environment = settings.to_environment()
+    child = Settings.from_env(environment)
+    assert child.embedded
+    assert (child.records_url, child.artifacts_url, child.tokens_url) == (
+        settings.records_url,
+        settings.artifacts_url,
+        settings.tokens_url,
+    )
+    assert "hf_secret" not in str(environment) + repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LEASE_SECONDS", "0"),
+        ("LEASE_SECONDS", "-1"),
+        ("LEASE_SECONDS", "two minutes"),
+        ("LEASE_SECONDS", "1e3"),
+        ("MAX_ATTEMPTS", "٣"),
+        ("CLOUD_RUN_TASK_ATTEMPT", "x"),
+        ("ENGINE", "magic"),
+        ("RECORDS_URL", "postgres://x"),
+        ("TOKENS_URL", "/plain/path"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_was_expected(name: str, value: str) -> None:
+    """Variable, value and expectation are all in the message."""
+    with pytest.raises(Misconfigured) as error:
+        Settings.from_env({name: value})
+    assert name in error.value.message
+    assert value in error.value.message
+    assert "expected" in error.value.message
+
+
+def test_an_empty_variable_counts_as_not_set() -> None:
+    """As deployment tools leave them behind."""
+    assert Settings.from_env({"PROJECT_ID": "", "LEASE_SECONDS": " "}) == Settings.from_env({})

@@ -1,0 +1,231 @@
+"""One execution per export, however often its message is delivered and whatever dies on the way."""
+
+import threading
+
+import pytest
+
+from dispatcher.contract import JobMessage, State
+from dispatcher.errors import Unavailable
+from tests.dispatcher.world import World
+
+MESSAGE = JobMessage(job_id="job", export_id="job.merged")
+
+
+def test_a_message_starts_an_execution_and_notes_it(world: World) -> None:
+    """The job id is the argument; export and lease come as the environment."""
+    world.job()
+    record = world.launched()
+    assert (record.state, record.execution) == (State.STARTING, "execution-1")
+    assert record.log_uri == "file:///logs/execution-1.log"
+    assert record.lease is not None
+    job_id, environment = world.machines.started["execution-1"]
+    assert job_id == "job"
+    assert environment == {"EXPORT_ID": "job.merged", "LEASE_ID": record.lease.lease_id}
+
+
+def test_a_hundred_deliveries_at_once_start_one_execution(world: World) -> None:
+    """Each of the others is acknowledged, or refused while the launch is under way."""
+    world.job()
+    world.submit()
+    ready = threading.Barrier(100)
+    surprises: list[BaseException] = []
+
+    def deliver() -> None:
+        ready.wait()
+        try:
+            world.trigger.start(MESSAGE)
+        except Unavailable as refusal:
+            if refusal.error_code != "launch_in_progress":
+                surprises.append(refusal)
+        except BaseException as surprise:  # noqa: BLE001  # a thread's exception is otherwise lost
+            surprises.append(surprise)
+
+    threads = [threading.Thread(target=deliver) for _ in range(100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert surprises == []
+    assert len(world.machines.started) == 1
+    assert world.record().execution == "execution-1"
+
+
+@pytest.mark.parametrize("ending", ["complete", "fail", "cancel", "run"])
+def test_a_redelivered_message_of_settled_work_is_acknowledged(world: World, ending: str) -> None:
+    """Finished, failed for good, cancelled or running: nothing is started and nothing changes."""
+    world.job()
+    world.launched()
+    world.claim()
+    if ending == "cancel":
+        world.service.cancel("job.merged", "ann")
+    elif ending != "run":
+        getattr(world, ending)()
+    before = world.record()
+    world.trigger.start(MESSAGE)
+    assert world.record() == before
+    assert len(world.machines.started) == 1
+
+
+def test_a_replay_runs_a_retryable_failure_again(world: World) -> None:
+    """A day of messages can be replayed after an outage."""
+    world.job()
+    world.launched()
+    world.claim()
+    world.fail(retryable=True)
+    world.trigger.start(MESSAGE)
+    assert (world.record().state, world.record().execution) == (State.STARTING, "execution-2")
+
+
+def test_a_runner_that_refuses_gets_the_message_again(world: World) -> None:
+    """The lease is given back at once, so that the next delivery need not wait for it."""
+    world.job()
+    world.submit()
+    world.machines.down = True
+    with pytest.raises(Unavailable):
+        world.trigger.start(MESSAGE)
+    assert (world.record().state, world.record().lease) == (State.QUEUED, None)
+    world.machines.down = False
+    world.trigger.start(MESSAGE)
+    assert world.record().execution == "execution-1"
+
+
+def test_a_launch_that_died_is_tried_again_after_its_lease(world: World) -> None:
+    """Until then its message is refused, so that it comes back."""
+
+    class Dies(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Dies
+
+    world.job()
+    world.submit()
+    start, world.machines.start = world.machines.start, die  # type: ignore[method-assign, assignment]
+    with pytest.raises(Dies):
+        world.trigger.start(MESSAGE)
+    world.machines.start = start  # type: ignore[method-assign]
+    with pytest.raises(Unavailable) as refusal:
+        world.trigger.start(MESSAGE)
+    assert refusal.value.error_code == "launch_in_progress"
+    world.clock.pass_seconds(121)
+    world.trigger.start(MESSAGE)
+    assert world.record().execution == "execution-1"
+
+
+def test_running_work_that_died_is_started_again(world: World) -> None:
+    """A dead lease is taken back by the next delivery."""
+    world.job()
+    world.launched()
+    world.claim()
+    world.clock.pass_seconds(121)
+    world.trigger.start(MESSAGE)
+    assert (world.record().state, world.record().execution) == (State.STARTING, "execution-2")
+    assert world.record().attempt == 1
+
+
+def test_an_execution_may_wait_for_its_machine(world: World) -> None:
+    """Launched but not claimed: with a grace, its lease running out starts no second one."""
+    patient = World(world.home / "patient", launch_grace_seconds=900)
+    patient.job()
+    patient.launched()
+    patient.clock.pass_seconds(300)
+    patient.trigger.start(MESSAGE)
+    assert patient.trigger.sweep() == {"requeued": 0, "failed": 0, "published": 0}
+    patient.clock.pass_seconds(900)
+    patient.trigger.start(MESSAGE)
+    assert len(patient.machines.started) == 2
+    patient.close()
+
+
+def test_an_exporter_faster_than_the_note_keeps_its_claim(world: World) -> None:
+    """The execution is noted on whatever the record is by then."""
+    world.job()
+    world.submit()
+    start = world.machines.start
+
+    def claimed_at_once(job_id: str, environment: dict[str, str]) -> object:
+        execution = start(job_id, environment)
+        world.claim()
+        world.complete()
+        return execution
+
+    world.machines.start = claimed_at_once  # type: ignore[method-assign, assignment]
+    world.trigger.start(MESSAGE)
+    assert world.record().state is State.COMPLETED
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xff",
+        b"[]",
+        b'{"schema_version": 2, "job_id": "job", "export_id": "job.merged"}',
+        b'{"job_id": "job", "export_id": "other.merged"}',
+        b'{"job_id": "../job", "export_id": "../job.merged"}',
+        b'{"job_id": "job", "export_id": "job.merged", "hf_token": "hf_x"}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_message_nobody_can_read_is_acknowledged(world: World, body: bytes) -> None:
+    """It would never read better; refusing it would only bring it back."""
+    world.trigger.deliver(body, {})
+    assert world.machines.started == {}
+
+
+def test_a_message_for_an_export_that_is_not_there_is_acknowledged(world: World) -> None:
+    """Its record was deleted; there is nothing to do."""
+    world.trigger.start(MESSAGE)
+    assert world.machines.started == {}
+
+
+def test_the_trace_travels_with_the_message_to_the_execution(world: World) -> None:
+    """From the request through the queue into the environment."""
+    from dispatcher.contract import ExportRequest
+
+    world.job()
+    trace = f"00-{'a' * 32}-{'b' * 16}-01"
+    request = ExportRequest.model_validate({"job_id": "job", "export_type": "merged"})
+    world.service.submit(request, "ann", traceparent=trace)
+    world.queue.deliver_all(world.trigger)
+    assert world.machines.started["execution-1"][1]["TRACEPARENT"] == trace
+
+
+def test_a_sweep_requeues_the_dead_and_leaves_the_living(world: World) -> None:
+    """Only leases that ran out are taken back."""
+    for name in ("dead", "alive"):
+        world.job(name)
+        world.launched(name)
+    world.claim("dead.merged", seconds=10)
+    world.claim("alive.merged", seconds=1000)
+    world.clock.pass_seconds(11)
+    assert world.trigger.sweep() == {"requeued": 1, "failed": 0, "published": 1}
+    assert world.record("dead.merged").state is State.QUEUED
+    assert world.record("alive.merged").state is State.RUNNING
+
+
+def test_a_sweep_fails_what_has_no_attempt_left(world: World) -> None:
+    """`attempts_exhausted`, which a new request may start over."""
+    world.job()
+    world.submit()
+    for _ in range(5):
+        world.queue.deliver_all(world.trigger)
+        world.claim()
+        world.clock.pass_seconds(121)
+        done = world.trigger.sweep()
+    assert done == {"requeued": 0, "failed": 1, "published": 0}
+    error = world.record().error
+    assert error is not None
+    assert (error.code, error.retryable) == ("attempts_exhausted", True)
+    assert world.submit().state is State.QUEUED
+
+
+def test_a_rescan_publishes_what_the_last_process_had_in_its_queue(world: World) -> None:
+    """However recently it was published: that queue is gone."""
+    world.job()
+    world.submit()
+    world.queue.held.clear()
+    assert world.trigger.sweep()["published"] == 0
+    assert world.trigger.sweep(lost_messages=True)["published"] == 1
+    world.queue.deliver_all(world.trigger)
+    assert world.record().execution == "execution-1"
