@@ -153,14 +153,23 @@ def _body(request: "flask.Request") -> bytes:
 
     Raises:
         BodyTooLarge: It is over 64 KiB.
+        InvalidRequest: The client went away in the middle of it (`body_incomplete`).
     """
-    body = request.stream.read(MAX_BODY_BYTES + 1) if (request.content_length or 0) <= MAX_BODY_BYTES else b""
-    if len(body) <= MAX_BODY_BYTES >= (request.content_length or 0):
-        return body
-    left = MAX_DRAIN_BYTES
-    while left > 0 and (block := request.stream.read(min(left, MAX_BODY_BYTES))):
-        left -= len(block)
-    raise BodyTooLarge(f"the body is over {MAX_BODY_BYTES} bytes")
+    from werkzeug.exceptions import ClientDisconnected  # here, since whoever called has loaded it already
+
+    announced = request.content_length or 0
+    body, read = b"", 0
+    try:
+        while read < MAX_DRAIN_BYTES and (block := request.stream.read(MAX_BODY_BYTES)):
+            read += len(block)
+            body = body + block if read <= MAX_BODY_BYTES else b""
+    except ClientDisconnected:
+        pass  # what came by then is short of what was announced
+    if max(announced, read) > MAX_BODY_BYTES:
+        raise BodyTooLarge(f"the body is over {MAX_BODY_BYTES} bytes")
+    if read < announced:
+        raise InvalidRequest(f"the body ends after {read} of {announced} bytes", code="body_incomplete")
+    return body
 
 
 def _export_request(body: bytes) -> ExportRequest:
@@ -196,9 +205,9 @@ def _problem(error: Exception) -> Answer:
         logger.warning("unavailable: %s", refusal.message, exc_info=error)
     headers = {**refusal.headers, "Content-Type": "application/problem+json"}
     text = json.dumps({**problem, "detail": clean(str(problem["detail"]))})
-    if not isinstance(error, BodyTooLarge):
+    if refusal.error_code not in (BodyTooLarge.code, "body_incomplete"):
         return text, refusal.status, headers
-    # functions-framework reads what is left of a body, however long, unless the answer is a stream.
+    # functions-framework reads what is left of a body, if it can, unless the answer is a stream.
     return iter([text]), refusal.status, {**headers, "Content-Length": str(len(text)), "Connection": "close"}
 
 

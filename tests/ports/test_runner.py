@@ -1,5 +1,6 @@
 """What every runner promises, shown with small real programs in the exporter's place."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -86,24 +87,22 @@ def test_a_cancelled_execution_is_asked_to_stop_and_not_retried(runner: Make) ->
 
 def test_the_work_outlives_the_dispatcher(tmp_path: Path) -> None:
     """A dispatcher that is killed does not take its executions with it."""
-    done = tmp_path / "done"
-    child = tmp_path / "child.py"
+    done, gate, child = tmp_path / "done", tmp_path / "gate", tmp_path / "child.py"
+    os.mkfifo(gate)
     child.write_text(
-        f"import os, pathlib\nos.read(os.open({str(tmp_path / 'gate')!r}, os.O_RDONLY), 1)\npathlib.Path({str(done)!r}).touch()"
+        f"import os, pathlib\nos.read(os.open({str(gate)!r}, os.O_RDONLY), 1)\npathlib.Path({str(done)!r}).touch()"
     )
     parent = (
         "import os, sys, signal, pathlib\n"
         "from dispatcher.runner import ProcessRunner\n"
-        f"ProcessRunner(pathlib.Path({str(tmp_path)!r}), {{}}, program=(sys.executable, {str(child)!r})).start('job', {{}})\n"
+        f"program = (sys.executable, {str(child)!r})\n"
+        f"ProcessRunner(pathlib.Path({str(tmp_path)!r}), {{}}, program=program).start('job', {{}})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    import os
-
-    os.mkfifo(tmp_path / "gate")
     run = subprocess.run([sys.executable, "-c", parent], check=False)
     assert run.returncode == -signal.SIGKILL
-    with (tmp_path / "gate").open("w") as gate:
-        gate.write("go")
+    with gate.open("w") as opened:
+        opened.write("go")
     until(done.exists, "the orphan to finish")
 
 

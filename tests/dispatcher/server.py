@@ -1,0 +1,41 @@
+"""The dispatcher behind real HTTP: functions-framework's app on a free port of this machine."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+
+from dispatcher import bootstrap
+from dispatcher.serve import local_app, open_server
+from dispatcher.settings import Settings
+from tests.dispatcher.world import World
+
+
+@contextmanager
+def served(world: World, *, user: str | None = "ann", environ: dict[str, str] | None = None) -> Iterator[httpx.Client]:
+    """Serves a world's stores; `user` is the local user, `environ` what the settings are read from."""
+    settings = Settings.from_env(environ or {"GEMMA_EXPORT_HOME": str(world.home)})
+    bootstrap.install(
+        bootstrap.Stack(
+            settings=settings,
+            records=world.records,
+            artifacts=world.artifacts,
+            tokens=world.tokens,
+            queue=world.queue,
+            runner=world.machines,
+            trigger=world.trigger,
+            service=world.service,
+        )
+    )
+    server = open_server(local_app(user), 0)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{server.server_port}", timeout=30) as client:
+            yield client
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        bootstrap.install(None)
