@@ -164,7 +164,7 @@ def _write_shards(
         report("merging", _WRITE_FROM + (_WRITE_TO - _WRITE_FROM) * done / max(1, plan.nbytes))
 
     for planned in plan.files:
-        writer = store.create(f"{directory}/{planned.name}")
+        writer = store.create(f"{directory}/{planned.name}", size=planned.size)
         try:
             merge.write_merged(planned, adapter, writer, on_bytes)
             stored.append(writer.commit())
@@ -191,7 +191,7 @@ def _with_peft(store: ArtifactStore, directory: str, base: Base, adapter_dir: Pa
 
 def _upload(store: ArtifactStore, path: str, source: Path, report: Report) -> StoredFile:
     report("publishing", _WRITE_TO)
-    writer = store.create(path)
+    writer = store.create(path, size=source.stat().st_size)
     block = bytearray(merge.BLOCK_BYTES)
     try:
         with source.open("rb", buffering=0) as file:

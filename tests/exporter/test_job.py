@@ -266,8 +266,8 @@ class _Failing(LocalArtifacts):
         super().__init__(root)
         self.error, self.after, self.written = error, after, 0
 
-    def create(self, path: str) -> ArtifactWriter:
-        writer, store = super().create(path), self
+    def create(self, path: str, *, size: int | None = None) -> ArtifactWriter:
+        writer, store = super().create(path, size=size), self
 
         class Writer:
             def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -323,9 +323,9 @@ class _Interfering(LocalArtifacts):
         super().__init__(root)
         self.interfere: Callable[[], None] = lambda: None
 
-    def create(self, path: str) -> ArtifactWriter:
+    def create(self, path: str, *, size: int | None = None) -> ArtifactWriter:
         self.interfere()
-        return super().create(path)
+        return super().create(path, size=size)
 
 
 def test_sigterm_gives_the_export_back_to_the_queue(place: Place) -> None:

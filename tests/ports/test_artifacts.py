@@ -269,3 +269,13 @@ def test_a_url_selects_the_store() -> None:
     assert error.value.error_code == "not_available_yet"
     with pytest.raises(Misconfigured):
         open_artifacts("s3://bucket")
+
+
+def test_room_for_a_file_of_known_size_is_taken_at_once(tmp_path: Path) -> None:
+    """Before a byte is written; what was reserved too much is given back."""
+    writer = LocalArtifacts(tmp_path).create("a/b", size=1 << 20)
+    (partial,) = tmp_path.rglob("*.partial")
+    assert partial.stat().st_blocks * 512 >= 1 << 20
+    writer.write(b"short")
+    writer.commit()
+    assert (tmp_path / "a" / "b").read_bytes() == b"short"
