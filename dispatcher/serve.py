@@ -37,7 +37,7 @@ def local_app(user: str | None) -> "WSGIApplication":
     A page in this machine's browser can reach loopback too, so a request that names another host, or that
     comes from another origin, has no local user.
     """
-    app = functions_framework.create_app(target="export_api", source=str(Path(main.__file__)))
+    app = functions_framework.create_app("export_api", str(Path(main.__file__)), "http")
 
     def with_user(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         if user and _is_local(environ):

@@ -2,6 +2,8 @@
 
 import os
 
+from hypothesis import settings
+
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
@@ -9,3 +11,7 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
     TOKENIZERS_PARALLELISM="false",
 )
+
+# A busy machine is no reason for a property test to fail.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")

@@ -64,7 +64,9 @@ def records(draw: st.DrawFn) -> ExportRecord:
         lease=draw(st.none() | st.builds(Lease, lease_id=texts, owner=texts, expires_at=times)),
         adapter_fingerprint=draw(texts),
         artifacts=draw(st.lists(artifact, max_size=2).map(tuple)),
-        summary=draw(st.dictionaries(texts, st.integers() | texts | st.floats(allow_nan=False), max_size=3)),
+        summary=draw(
+            st.dictionaries(texts, st.integers() | texts | st.floats(allow_nan=False, allow_infinity=False), max_size=3)
+        ),
         error=draw(st.none() | st.builds(Failure, code=texts, message=texts, retryable=st.booleans())),
         token_ref=draw(st.none() | texts),
         execution=draw(st.none() | texts),
