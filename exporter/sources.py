@@ -85,7 +85,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 def _from_hub(model_id: str, revision: str | None, token: str | None) -> Base:
     # Costs half a second, and a base in a directory does not need it.
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -97,6 +97,11 @@ def _from_hub(model_id: str, revision: str | None, token: str | None) -> Base:
 
     where = f"base model {model_id!r}" + (f" at revision {revision!r}" if revision else "")
     try:
+        if not constants.HF_HUB_OFFLINE:
+            # A download alone would take what an earlier caller left in the cache, and ask nobody.
+            hub = HfApi(token=token or False)
+            hub.auth_check(model_id)
+            revision = hub.model_info(model_id, revision=revision).sha
         directory = Path(
             snapshot_download(model_id, revision=revision, token=token or False, allow_patterns=list(HUB_PATTERNS))
         )
