@@ -79,6 +79,7 @@ def test_the_command_line_follows_an_export_behind_a_url(laptop: Laptop) -> None
 
 def test_a_killed_dispatcher_loses_nothing(laptop: Laptop) -> None:
     """Accepted, not started, killed without warning: the next one starts what waits."""
+    laptop.environment["LEASE_SECONDS"] = "15"  # so long the next one waits, if it was killed just in a launch
     blocker = laptop.home / "logs"  # no execution can be started while a file is where its log should go
     blocker.write_text("")
     with laptop.serving() as (process, url):
@@ -91,7 +92,6 @@ def test_a_killed_dispatcher_loses_nothing(laptop: Laptop) -> None:
     assert waiting.state in (State.QUEUED, State.STARTING)
     assert waiting.execution is None
     blocker.unlink()
-    laptop.environment["LEASE_SECONDS"] = "1"
     with laptop.serving() as (_, url), httpx.Client(base_url=url) as http:
         assert followed(http)["state"] == "completed"
 
