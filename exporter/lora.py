@@ -1,12 +1,13 @@
 """The algebra of LoRA alone: pure functions on tensors, no disk.
 
-`W' = round(W + s * (B @ A))`, computed in float32 in exactly this order and rounded once to W's dtype, which is also
-what PEFT computes for float32 adapter weights.
+`W' = round(W + s * (B @ A))`, computed in float32 and rounded once to W's dtype, which is also what PEFT computes for
+float32 adapter weights.
 Source: LoRA, https://arxiv.org/abs/2106.09685; rsLoRA's scale, https://arxiv.org/abs/2312.03732.
 """
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -14,6 +15,10 @@ from dispatcher.errors import VerificationFailed
 
 MIN_ROWS = 16
 """Fewer rows than this are never folded alone, unless the weight has no more."""
+MAX_FUSED_RANK = 128
+MIN_FUSED_WIDTH = 64
+"""Beyond these a BLAS sums the product in parts, or by a kernel for small matrices; adding it to W in the same call
+then rounds in another order than PEFT does."""
 
 
 def scaling(alpha: float, rank: int, *, use_rslora: bool) -> float:
@@ -36,6 +41,35 @@ def fold(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -
     return (weight.float() + (b.float() @ a.float()) * scale).to(weight.dtype)
 
 
+@dataclass(frozen=True)
+class Factors:
+    """A trained pair, ready to be folded into rows of a weight."""
+
+    a: torch.Tensor
+    """[rank, in], float32"""
+    b: torch.Tensor
+    """[out, rank], float32, times s already where `scale` is 1"""
+    scale: float
+    """What is left of s to multiply with"""
+    largest: float
+    """No element of s * (B @ A) is larger in magnitude than this."""
+
+
+def factors(a: torch.Tensor, b: torch.Tensor, scale: float) -> Factors:
+    """Prepare A [rank, in] and B [out, rank], of any floating dtype, for `fold_rows_`."""
+    a, b = a.float(), b.float()
+    top_a, top_b = (float(half.abs().max()) if half.numel() else 0.0 for half in (a, b))
+    largest = abs(scale) * a.shape[0] * top_a * top_b
+    # Times a power of two is exact as long as no element becomes subnormal, so it may come first.
+    if abs(math.frexp(scale)[0]) == 0.5 and 2.0**-40 < abs(scale) < 2.0**40 and not _near_subnormal(b):
+        return Factors(a, b * scale, 1.0, largest)
+    return Factors(a, b, scale, largest)
+
+
+def _near_subnormal(values: torch.Tensor) -> bool:
+    return bool(((values != 0) & (values.abs() < 2.0**-80)).any())
+
+
 def row_blocks(rows: int, width: int, limit: int) -> list[tuple[int, int]]:
     """Split a [rows, width] weight into (first, count) blocks of about `limit` elements, for `fold_rows_`.
 
@@ -50,33 +84,39 @@ def row_blocks(rows: int, width: int, limit: int) -> list[tuple[int, int]]:
     return [(first, end - first) for first, end in itertools.pairwise(edges)]
 
 
-def fold_rows_(rows: torch.Tensor, a: torch.Tensor, b_rows: torch.Tensor, scale: float, scratch: torch.Tensor) -> None:
+def fold_rows_(rows: torch.Tensor, first: int, pair: Factors, scratch: torch.Tensor) -> None:
     """Merge some rows of a weight in place, allocating nothing.
 
     Args:
-        rows: [n, in] of the weight, bfloat16, float16 or float32; overwritten with the merged rows.
-        a: [rank, in], float32.
-        b_rows: [n, rank], float32: the same rows of B.
-        scale: The factor s.
+        rows: [n, in], the weight's rows from `first` on, bfloat16, float16 or float32; overwritten.
+        first: Which row of the weight, and so of B, they begin with.
+        pair: The factors.
         scratch: float32, at least n * in elements; overwritten.
 
     Raises:
         VerificationFailed: `merge_overflow` when a merged value is not finite in the weight's dtype.
     """
-    delta = scratch[: rows.numel()].view(rows.shape)
-    torch.mm(b_rows, a, out=delta)
-    delta.mul_(scale).add_(rows)
-    rows.copy_(delta)
-    if not _is_finite(rows):
+    total = scratch[: rows.numel()].view(rows.shape)
+    b = pair.b[first : first + rows.shape[0]]
+    if pair.scale == 1.0 and _fuses(rows, pair.a.shape[0]):
+        total.copy_(rows)
+        total.addmm_(b, pair.a)
+    else:
+        torch.mm(b, pair.a, out=total)
+        total.mul_(pair.scale).add_(rows)
+    rows.copy_(total)
+    if _may_overflow(rows.dtype, pair) and not torch.isfinite(rows).all():
         raise VerificationFailed(
-            f"merged values are not finite in {str(rows.dtype).removeprefix('torch.')}: the base holds NaN or "
-            "infinity, or the adapter's weights or its scale are far too large for it",
+            f"merged values are not finite in {str(rows.dtype).removeprefix('torch.')}: "
+            "the adapter's weights or its scale are far too large for this base",
             code="merge_overflow",
         )
 
 
-def _is_finite(values: torch.Tensor) -> bool:
-    # One pass without a mask: a NaN or an infinity always makes the sum non-finite. The reverse does not hold,
-    # so only a suspicious sum pays for the exact test.
-    total = values.sum(dtype=torch.float32).item()
-    return math.isfinite(total) or bool(torch.isfinite(values).all().item())
+def _fuses(rows: torch.Tensor, rank: int) -> bool:
+    return rank <= MAX_FUSED_RANK and rows.shape[1] >= MIN_FUSED_WIDTH and rows.shape[0] >= MIN_ROWS
+
+
+def _may_overflow(dtype: torch.dtype, pair: Factors) -> bool:
+    # No base comes near the end of bfloat16's or float32's range; float16's is close enough to look at every value.
+    return dtype is torch.float16 or not pair.largest < torch.finfo(dtype).max / 4

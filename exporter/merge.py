@@ -1,13 +1,15 @@
 """The streaming engine: carries out a plan block by block, so that memory does not grow with the model.
 
-One thread reads and folds while another checksums and writes; between them travel a few buffers that are used over
-and over, because allocating (and first touching) memory is what a naive loop spends its time on.
+Worker threads read and fold blocks while the calling thread checksums and writes them in order; between them travel a
+few buffers that are used over and over, because allocating (and first touching) memory is what a naive loop spends
+its time on.
 """
 
 import os
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,15 +17,14 @@ import torch
 
 from exporter.adapter import Adapter, LoraPair
 from exporter.checkpoint import Tensor
-from exporter.lora import fold_rows_, row_blocks
+from exporter.lora import factors, fold_rows_, row_blocks
 from exporter.plan import OutputFile
 from exporter.tensors import TORCH_DTYPE, read_into, read_tensor
 
 VERSION = "1"
 """Part of every artifact's version: raise it when the bytes that this module writes for a given plan change."""
 BLOCK_BYTES = 4 * 1024 * 1024
-BLOCKS = 3
-FOLD_ELEMENTS = 1024 * 1024
+FOLD_ELEMENTS = 512 * 1024
 """About how many weights are folded at a time: their float32 copy should stay in the processor's cache."""
 
 OnBytes = Callable[[int], None]
@@ -60,23 +61,76 @@ def write_merged(planned: OutputFile, adapter: Adapter, sink: Sink, on_bytes: On
     """
     merged = [tensor for tensor in planned.source.tensors if tensor.name in planned.merges]
     largest = max((_largest_block(tensor) for tensor in merged), default=0)
-    scratch = torch.empty(largest, dtype=torch.float32)
-    with (
-        planned.source.path.open("rb", buffering=0) as source,
-        _WriteBehind(sink, max(BLOCK_BYTES, largest * 4)) as pipe,
-    ):
-        pipe.write(planned.header)
-        on_bytes(len(planned.header))
-        for step in _steps(planned):
-            blocks = _copied(step) if isinstance(step, _Copy) else _folded(step, adapter, scratch)
-            for start, nbytes, change in blocks:
-                block = pipe.take()
-                view = memoryview(block)[:nbytes]
-                read_into(source.fileno(), view, start, planned.name)
-                if change is not None:
-                    change(block)
-                pipe.give(block, nbytes)
-                on_bytes(nbytes)
+    workers = fold_workers()
+    free = deque(bytearray(max(BLOCK_BYTES, largest * 4)) for _ in range(workers + 2))
+    under_way: deque[tuple[Future[None], bytearray, int]] = deque()
+
+    def hand_on() -> None:
+        ready, buffer, nbytes = under_way.popleft()
+        ready.result()
+        sink.write(memoryview(buffer)[:nbytes])
+        free.append(buffer)
+        on_bytes(nbytes)
+
+    sink.write(memoryview(planned.header))
+    on_bytes(len(planned.header))
+    with planned.source.path.open("rb", buffering=0) as source, _Workers(workers, largest) as pool:
+        for block in _blocks(planned, adapter):
+            if not free:
+                hand_on()
+            buffer = free.popleft()
+            ready = pool.submit(block, source.fileno(), buffer, planned.name)
+            under_way.append((ready, buffer, block.nbytes))
+        while under_way:
+            hand_on()
+
+
+def fold_workers() -> int:
+    """As many threads as there are cores; the one that writes mostly waits for the kernel."""
+    return max(1, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """`nbytes` of the source from `start`, and what to do to them once read."""
+
+    start: int
+    nbytes: int
+    change: Callable[[bytearray, torch.Tensor], None] | None
+
+
+class _Workers:
+    """Threads that fill buffers, each with float32 room of its own for folding."""
+
+    def __init__(self, count: int, elements: int) -> None:
+        self._elements = elements
+        self._room = threading.local()
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="fold")
+
+    def __enter__(self) -> "_Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, block: _Block, source: int, buffer: bytearray, name: str) -> Future[None]:
+        return self._pool.submit(self._fill, block, source, buffer, name)
+
+    def _fill(self, block: _Block, source: int, buffer: bytearray, name: str) -> None:
+        read_into(source, memoryview(buffer)[: block.nbytes], block.start, name)
+        if block.change is not None:
+            block.change(buffer, self._scratch())
+
+    def _scratch(self) -> torch.Tensor:
+        if not hasattr(self._room, "scratch"):
+            self._room.scratch = torch.empty(self._elements, dtype=torch.float32)
+        scratch: torch.Tensor = self._room.scratch
+        return scratch
+
+
+def _blocks(planned: OutputFile, adapter: Adapter) -> Iterator[_Block]:
+    for step in _steps(planned):
+        yield from _copied(step) if isinstance(step, _Copy) else _folded(step, adapter)
 
 
 def _steps(planned: OutputFile) -> Iterator[_Copy | _Merge]:
@@ -95,13 +149,9 @@ def _steps(planned: OutputFile) -> Iterator[_Copy | _Merge]:
         yield run
 
 
-_Block = tuple[int, int, Callable[[bytearray], None] | None]
-"""Where a block starts in the source, its bytes, and what to do to it once read."""
-
-
 def _copied(step: _Copy) -> Iterator[_Block]:
     for offset in range(0, step.nbytes, BLOCK_BYTES):
-        yield step.start + offset, min(BLOCK_BYTES, step.nbytes - offset), None
+        yield _Block(step.start + offset, min(BLOCK_BYTES, step.nbytes - offset), None)
 
 
 def _largest_block(tensor: Tensor) -> int:
@@ -109,75 +159,15 @@ def _largest_block(tensor: Tensor) -> int:
     return max((count * width for _, count in row_blocks(rows, width, FOLD_ELEMENTS)), default=0)
 
 
-def _folded(step: _Merge, adapter: Adapter, scratch: torch.Tensor) -> Iterator[_Block]:
+def _folded(step: _Merge, adapter: Adapter) -> Iterator[_Block]:
     rows, width = step.tensor.shape
     dtype = TORCH_DTYPE[step.tensor.dtype]
     row_bytes = width * dtype.itemsize
-    a = read_tensor(adapter.file, step.pair.a).float()
-    b = read_tensor(adapter.file, step.pair.b).float()
+    pair = factors(read_tensor(adapter.file, step.pair.a), read_tensor(adapter.file, step.pair.b), step.pair.scale)
     for first, count in row_blocks(rows, width, FOLD_ELEMENTS):
 
-        def fold(block: bytearray, first: int = first, count: int = count) -> None:
-            weight = torch.frombuffer(block, dtype=dtype, count=count * width).view(count, width)
-            fold_rows_(weight, a, b[first : first + count], step.pair.scale, scratch)
+        def fold(buffer: bytearray, scratch: torch.Tensor, first: int = first, count: int = count) -> None:
+            weight = torch.frombuffer(buffer, dtype=dtype, count=count * width).view(count, width)
+            fold_rows_(weight, first, pair, scratch)
 
-        yield step.tensor.start + first * row_bytes, count * row_bytes, fold
-
-
-class _WriteBehind:
-    """A thread that writes blocks in the order they are given, and hands the buffers back."""
-
-    def __init__(self, sink: Sink, block_bytes: int) -> None:
-        self._sink = sink
-        self._full: queue.SimpleQueue[tuple[bytearray, int] | None] = queue.SimpleQueue()
-        self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
-        for _ in range(BLOCKS):
-            self._free.put(bytearray(block_bytes))
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="write-behind", daemon=True)
-
-    def __enter__(self) -> "_WriteBehind":
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._full.put(None)
-        self._thread.join()
-        if kind is None:
-            self._raise_error()
-
-    def write(self, data: bytes) -> None:
-        """Hand on bytes of any length, copied through the buffers."""
-        for offset in range(0, len(data), BLOCK_BYTES):
-            piece = data[offset : offset + BLOCK_BYTES]
-            block = self.take()
-            block[: len(piece)] = piece
-            self.give(block, len(piece))
-
-    def take(self) -> bytearray:
-        """A buffer to fill; waits until one is free."""
-        block = self._free.get()
-        self._raise_error()
-        return block
-
-    def give(self, block: bytearray, nbytes: int) -> None:
-        self._full.put((block, nbytes))
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        while (item := self._full.get()) is not None:
-            block, nbytes = item
-            if self._error is None:
-                try:
-                    self._sink.write(memoryview(block)[:nbytes])
-                except BaseException as error:  # noqa: BLE001  # carried over to the thread that feeds this one
-                    self._error = error
-            self._free.put(block)
-
-
-def compute_threads() -> int:
-    """Threads for the fold: the write-behind thread needs a core of its own where there is more than one."""
-    return max(1, (os.cpu_count() or 1) - 1)
+        yield _Block(step.tensor.start + first * row_bytes, count * row_bytes, fold)

@@ -155,7 +155,7 @@ def _stream(store: ArtifactStore, directory: str, base: Base, adapter_dir: Path,
 def _write_shards(
     store: ArtifactStore, directory: str, plan: Plan, adapter: Adapter, report: Report
 ) -> list[StoredFile]:
-    torch.set_num_threads(merge.compute_threads())
+    torch.set_num_threads(1)  # the workers are the threads
     done, stored = 0, []
 
     def on_bytes(count: int) -> None:
