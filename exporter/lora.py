@@ -14,11 +14,11 @@ import torch
 from dispatcher.errors import VerificationFailed
 
 MIN_ROWS = 16
-"""Fewer rows than this are never folded alone, unless the weight has no more."""
+MIN_WIDTH = 64
 MAX_FUSED_RANK = 128
-MIN_FUSED_WIDTH = 64
-"""Beyond these a BLAS sums the product in parts, or by a kernel for small matrices; adding it to W in the same call
-then rounds in another order than PEFT does."""
+"""Within these bounds a BLAS sums each element of B @ A in the same order whether it makes the whole product, some rows
+of it, or adds it to W in the same call. Outside it may take another kernel, and PEFT's result would differ in the last
+bit; so narrower weights are folded whole, and higher ranks in two steps."""
 
 
 def scaling(alpha: float, rank: int, *, use_rslora: bool) -> float:
@@ -71,15 +71,11 @@ def _near_subnormal(values: torch.Tensor) -> bool:
 
 
 def row_blocks(rows: int, width: int, limit: int) -> list[tuple[int, int]]:
-    """Split a [rows, width] weight into (first, count) blocks of about `limit` elements, for `fold_rows_`.
-
-    A matrix product of a few rows, or of width 1, goes to another kernel that sums in another order; then a block
-    would differ in the last bit from the whole. So blocks are even and never small.
-    """
+    """Split a [rows, width] weight into (first, count) blocks of about `limit` elements, for `fold_rows_`."""
     if rows == 0 or width == 0:
         return []
     per_block = max(limit // width, 2 * MIN_ROWS)
-    blocks = max(1, rows // per_block) if width > 1 else 1
+    blocks = max(1, rows // per_block) if width >= MIN_WIDTH else 1
     edges = [rows * index // blocks for index in range(blocks + 1)]
     return [(first, end - first) for first, end in itertools.pairwise(edges)]
 
@@ -114,7 +110,7 @@ def fold_rows_(rows: torch.Tensor, first: int, pair: Factors, scratch: torch.Ten
 
 
 def _fuses(rows: torch.Tensor, rank: int) -> bool:
-    return rank <= MAX_FUSED_RANK and rows.shape[1] >= MIN_FUSED_WIDTH and rows.shape[0] >= MIN_ROWS
+    return rank <= MAX_FUSED_RANK and rows.shape[1] >= MIN_WIDTH and rows.shape[0] >= MIN_ROWS
 
 
 def _may_overflow(dtype: torch.dtype, pair: Factors) -> bool:
