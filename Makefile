@@ -25,10 +25,10 @@ demo: setup
 	$(BIN)/gemma-export demo
 
 test: setup
-	$(BIN)/pytest -m "not full"
+	$(BIN)/pytest -n auto -m "not full"
 
 test-full: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 lint: setup
 	$(BIN)/ruff check .
