@@ -183,6 +183,8 @@ class ExportRecord(Frozen):
     stage: str | None = None
     progress: Annotated[float, Field(ge=0, le=1)] = 0.0
     attempt: int = 0
+    launches: int = 0
+    """Executions started in a row of which none has claimed it."""
     lease: Lease | None = None
     adapter_fingerprint: str
     artifacts: tuple[Artifact, ...] = ()

@@ -48,7 +48,7 @@ MOVES: dict[tuple[State, State], frozenset[Actor]] = {
     (R, DONE): frozenset({Actor.EXPORTER}),
     (R, FAILED): frozenset({Actor.EXPORTER, Actor.SWEEP}),
     (Q, FAILED): frozenset({Actor.DEAD_LETTER}),
-    (S, FAILED): frozenset({Actor.DEAD_LETTER}),
+    (S, FAILED): frozenset({Actor.DEAD_LETTER, Actor.SWEEP}),
     (Q, CANCELLED): _ASKERS,
     (S, CANCELLED): _ASKERS,
     (R, CANCELLED): _ASKERS,
@@ -117,12 +117,15 @@ def _effects(record: ExportRecord, to: State, by: Actor) -> dict[str, Any]:
     if to is Q:
         anew: dict[str, Any] = {"stage": None, "progress": 0.0, "execution": None, "published_at": None}
         if record.state not in (S, R):
-            anew |= {"error": None, "artifacts": (), "summary": {}, "attempt": 0}
+            anew |= {"error": None, "artifacts": (), "summary": {}, "attempt": 0, "launches": 0}
+        elif record.state is S and by is Actor.TRIGGER:
+            anew["launches"] = max(record.launches - 1, 0)  # the runner refused: nothing was started
         return anew
     if to is R:
-        return {"attempt": record.attempt + 1, "stage": "claimed", "progress": 0.0, "error": None}
+        claimed = {"attempt": record.attempt + 1, "launches": 0}
+        return claimed | {"stage": "claimed", "progress": 0.0, "error": None}
     if to is S:
-        return {"execution": None}
+        return {"execution": None, "launches": record.launches + 1}
     if to is DONE:
         return {"stage": None, "progress": 1.0, "error": None, "token_ref": None}
     return {"stage": None}
@@ -194,7 +197,8 @@ def reclaimed(
     """The record taken back from a holder that died; None when there is nothing to take back.
 
     An execution that was started but has not claimed yet may still wait for its machine: it gets
-    `launch_grace` beyond the lease.
+    `launch_grace` beyond the lease. A launch that never claims counts towards `max_attempts` too, or an image
+    that cannot even start would be launched for ever.
     """
     if record.state not in (S, R) or record.lease is None or holds_live_lease(record, now):
         return None
@@ -204,12 +208,19 @@ def reclaimed(
         message = f"{record.attempt} attempts ended without a verdict; ask again to start over"
         error = Failure(code="attempts_exhausted", message=message, retryable=True)
         return failed(record, by=Actor.SWEEP, error=error, now=now)
+    if record.state is S and record.launches >= max_attempts:
+        message = (
+            f"{record.launches} executions in a row ended before they began to work; "
+            "see the execution's own log, then ask again to start over"
+        )
+        error = Failure(code="could_not_start", message=message, retryable=True)
+        return failed(record, by=Actor.SWEEP, error=error, now=now)
     return transition(record, Q, by=Actor.SWEEP, now=now)
 
 
 def noted(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:
     """The record with a fact about it written down (`published_at`, `execution`, `log_uri`, `token_ref`)."""
-    unknown = changes.keys() - {"published_at", "execution", "log_uri", "token_ref"}
+    unknown = changes.keys() - {"published_at", "execution", "log_uri", "token_ref", "force_nonce"}
     if unknown:
         raise IllegalTransition(f"{sorted(unknown)} are not facts to note; use a transition")
     return _changed(record, now, **changes)

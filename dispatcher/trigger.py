@@ -81,8 +81,14 @@ class Trigger:
             if moved is None:
                 logger.info("export %s is %s: nothing to start", record.export_id, record.state)
                 return
-            if self._records.replace_export(record, moved) and moved.state is State.STARTING:
+            if not self._records.replace_export(record, moved):
+                continue
+            if moved.state is State.STARTING:
                 self._launch(moved, traceparent)
+                return
+            if moved.state is State.FAILED:
+                # Our own verdict just now; going on would replay it at once, and so launch for ever.
+                logger.error("export %s was given up: %s", moved.export_id, moved.error and moved.error.message)
                 return
         raise Unavailable(f"export {message.export_id} keeps changing under us: deliver again")
 

@@ -61,6 +61,7 @@ def records(draw: st.DrawFn) -> ExportRecord:
         stage=draw(st.none() | texts),
         progress=draw(st.floats(0, 1)),
         attempt=draw(st.integers(0, 9)),
+        launches=draw(st.integers(0, 9)),
         lease=draw(st.none() | st.builds(Lease, lease_id=texts, owner=texts, expires_at=times)),
         adapter_fingerprint=draw(texts),
         artifacts=draw(st.lists(artifact, max_size=2).map(tuple)),

@@ -133,8 +133,36 @@ def test_only_what_is_dead_is_reclaimed(found: ExportRecord) -> None:
     dead = found.state in LEASED and found.lease is not None and found.lease.expires_at <= LATER
     assert (back is not None) is dead
     if back is not None:
-        assert back.state in (State.QUEUED, State.FAILED)
+        tried = found.launches if found.state is State.STARTING else found.attempt
+        assert back.state is (State.FAILED if tried >= 3 else State.QUEUED)
         assert back.lease is None
+
+
+@given(st.lists(st.booleans(), max_size=30))
+def test_every_walk_of_launches_and_claims_ends(claims: list[bool]) -> None:
+    """Whichever launches claim before they die, the export is given up within max_attempts squared of them."""
+    now, current, launches = START, record(State.QUEUED), 0
+    for claimed in [*claims, *[False] * 3]:
+        holding = lease(seconds=(now - START).total_seconds() + 60)
+        current = transition(current, State.STARTING, by=Actor.TRIGGER, now=now, lease=holding)
+        launches += 1
+        if claimed:
+            current = transition(
+                current, State.RUNNING, by=Actor.EXPORTER, now=now, lease=holding, holding=holding.lease_id
+            )
+            assert current.launches == 0
+        with pytest.raises(LeaseHeld):
+            transition(current, State.FAILED, by=Actor.SWEEP, now=now)
+        now += timedelta(seconds=61)
+        back = reclaimed(current, now=now, max_attempts=3)
+        assert back is not None
+        current = back
+        if current.state is State.FAILED:
+            break
+    assert current.state is State.FAILED
+    assert launches <= 9
+    again = transition(current, State.QUEUED, by=Actor.CALLER, now=now)
+    assert (again.launches, again.attempt) == (0, 0)
 
 
 def test_only_facts_are_noted() -> None:

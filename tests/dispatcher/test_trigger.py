@@ -220,6 +220,52 @@ def test_a_sweep_fails_what_has_no_attempt_left(world: World) -> None:
     assert world.submit().state is State.QUEUED
 
 
+@pytest.mark.parametrize("finder", ["sweep", "message"])
+def test_an_execution_that_never_claims_is_not_started_for_ever(world: World, finder: str) -> None:
+    """After max_attempts launches it is failed, `could_not_start`, whoever finds the last one dead."""
+    world.job()
+    world.submit()
+    for _ in range(13):
+        if finder == "message":
+            world.trigger.start(MESSAGE)
+        else:
+            world.queue.deliver_all(world.trigger)
+        world.clock.pass_seconds(121)
+        if finder == "sweep":
+            world.trigger.sweep()
+        if world.record().state is State.FAILED:
+            break
+    assert len(world.machines.started) == 5
+    error = world.record().error
+    assert error is not None
+    assert (error.code, error.retryable) == ("could_not_start", True)
+    assert world.submit().launches == 0
+
+
+def test_work_without_an_attempt_left_is_not_replayed_by_the_message_that_finds_it(world: World) -> None:
+    """The verdict acknowledges the message; only a new request or a replay starts over."""
+    world.job()
+    world.submit()
+    for _ in range(5):
+        world.trigger.start(MESSAGE)
+        world.claim()
+        world.clock.pass_seconds(121)
+    world.trigger.start(MESSAGE)
+    assert world.record().state is State.FAILED
+    assert len(world.machines.started) == 5
+
+
+def test_a_launch_that_was_refused_is_not_counted(world: World) -> None:
+    """An outage of the machines must not use up the launches."""
+    world.job()
+    world.submit()
+    world.machines.down = True
+    for _ in range(9):
+        with pytest.raises(Unavailable):
+            world.trigger.start(MESSAGE)
+    assert world.record().launches == 0
+
+
 def test_a_rescan_publishes_what_the_last_process_had_in_its_queue(world: World) -> None:
     """However recently it was published: that queue is gone."""
     world.job()
