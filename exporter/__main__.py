@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read arguments and environment, run the job, and return the exit code (see `job.ExitCode`)."""
     args = _parser().parse_args(arguments)
     stop = threading.Event()
-    _stop_on_sigterm(stop)
+    _stop_on_signals(stop)
     try:
         settings = Settings.from_env()
         fields = {
@@ -64,11 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 75 if error.retryable else 1
 
 
-def _stop_on_sigterm(stop: threading.Event) -> None:
+def _stop_on_signals(stop: threading.Event) -> None:
+    """SIGTERM and a first Ctrl-C give the export back to the queue; a second Ctrl-C ends at once."""
+
     def handle(number: int, frame: FrameType | None) -> None:
         stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ import torch
 from dispatcher.errors import AdapterMismatch, SourceError, Unsupported
 from exporter.checkpoint import Tensor, TensorFile, read_tensor_file
 from exporter.lora import scaling
-from exporter.tensors import read_tensor
+from exporter.tensors import TORCH_DTYPE, read_tensor
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -204,14 +204,14 @@ def _setting(config: dict[str, Any], pattern_name: str, default_name: str, modul
     return config.get(default_name)
 
 
-def refuse_not_finite(adapter: Adapter) -> None:
-    """Read every adapter tensor once, one at a time, and refuse NaN and infinity.
+def refuse_not_finite(file: TensorFile) -> None:
+    """Read every floating tensor of an adapter's file once, one at a time, and refuse NaN and infinity.
 
     Raises:
         AdapterMismatch: `adapter_not_finite`, naming the first such tensor.
     """
-    for tensor in adapter.file.tensors:
-        if not torch.isfinite(read_tensor(adapter.file, tensor)).all():
+    for tensor in file.tensors:
+        if tensor.dtype in TORCH_DTYPE and not torch.isfinite(read_tensor(file, tensor)).all():
             raise AdapterMismatch(
                 f"adapter tensor {tensor.name!r} holds NaN or infinity: the training diverged; nothing was merged.",
                 code="adapter_not_finite",

@@ -10,9 +10,9 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from dispatcher.errors import SourceError
+from dispatcher.errors import SourceError, Unavailable
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
@@ -50,6 +50,23 @@ class TensorFile:
     size: int
     tensors: tuple[Tensor, ...]
     metadata: Mapping[str, str]
+    stamp: tuple[int, ...]
+    """Which file this was when its header was read; see `open`."""
+
+    def open(self) -> BinaryIO:
+        """The file, unbuffered, if it still is the one whose header was read.
+
+        Raises:
+            Unavailable: `source_changed`: it was replaced or edited; another attempt reads the new one whole.
+        """
+        try:
+            file = self.path.open("rb", buffering=0)
+        except OSError as error:
+            raise changed(self.name) from error
+        if stamp_of(file.fileno()) != self.stamp:
+            file.close()
+            raise changed(self.name)
+        return file
 
     @property
     def name(self) -> str:
@@ -72,6 +89,17 @@ class Checkpoint:
         return sum(file.size for file in self.files)
 
 
+def stamp_of(descriptor: int) -> tuple[int, ...]:
+    """What tells one file, as it is now, from any other: device, inode, size, time of change in ns."""
+    facts = os.fstat(descriptor)
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def changed(name: str) -> Unavailable:
+    """What is raised when a source is not what the plan was made from."""
+    return Unavailable(f"{name} changed while it was read; nothing was published. Try again.", code="source_changed")
+
+
 def read_tensor_file(path: Path) -> TensorFile:
     """Read and check the header of one safetensors file.
 
@@ -80,11 +108,12 @@ def read_tensor_file(path: Path) -> TensorFile:
             does not describe it.
     """
     with path.open("rb", buffering=0) as file:
+        stamp = stamp_of(file.fileno())
         size = os.fstat(file.fileno()).st_size
         tensors, metadata = parse_header(
             lambda offset, length: os.pread(file.fileno(), length, offset), size, path.name
         )
-    return TensorFile(path, size, tensors, metadata)
+    return TensorFile(path, size, tensors, metadata, stamp)
 
 
 def parse_header(read_at: ReadAt, size: int, name: str) -> tuple[tuple[Tensor, ...], dict[str, str]]:
@@ -177,10 +206,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         SourceError: `base_missing` without weights, `base_pickle_only`, `base_index_invalid`, or as
             `read_tensor_file`.
     """
+    if (directory / SINGLE_NAME).is_file():  # first, as transformers does where both are there
+        return Checkpoint((read_tensor_file(directory / SINGLE_NAME),), None)
     if (directory / INDEX_NAME).is_file():
         return _open_sharded(directory)
-    if (directory / SINGLE_NAME).is_file():
-        return Checkpoint((read_tensor_file(directory / SINGLE_NAME),), None)
     if any(directory.glob("*.bin")):
         raise SourceError(
             f"{directory} holds only pickled weights (*.bin), which are never loaded. Save the model as safetensors.",

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import torch
 
-from dispatcher.errors import AdapterMismatch, SourceError
+from dispatcher.errors import AdapterMismatch, SourceError, Unsupported
+from exporter.adapter import WEIGHTS_NAME, refuse_not_finite
+from exporter.checkpoint import TensorFile, read_tensor_file
+from exporter.plan import is_tied
 from exporter.sources import Base
+from exporter.tensors import read_tensor
 
 DTYPE = torch.bfloat16
 """What the model is loaded and saved in, as the platform did before the streaming engine."""
@@ -35,32 +39,56 @@ def merge_with_peft(base: Base, adapter: Path, output: Path) -> tuple[int, int]:
 
     Raises:
         SourceError: `adapter_weights_missing`, or `base_not_loadable` when transformers cannot load the base.
-        AdapterMismatch: `adapter_unmatched` when PEFT applied only part of the adapter, of which it only warns.
+        Unsupported: What PEFT itself merges wrong (`unsupported_tied_lm_head`, `unsupported_embedding_lora`), or
+            cannot merge (`peft_failed`).
+        AdapterMismatch: NaN in the adapter, or `adapter_unmatched` when PEFT applied only part of it, of which it
+            only warns.
     """
     # Three seconds of imports that the streaming engine does without.
     import transformers
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
 
-    weights = adapter / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise SourceError(f"{adapter} has no {weights.name}.", code="adapter_weights_missing")
+    if not (adapter / WEIGHTS_NAME).is_file():
+        raise SourceError(f"{adapter} has no {WEIGHTS_NAME}.", code="adapter_weights_missing")
+    file = read_tensor_file(adapter / WEIGHTS_NAME)
+    _refuse_what_peft_gets_wrong(file, base)
+    refuse_not_finite(file)
     architectures = base.config.get("architectures") or ["AutoModelForCausalLM"]
-    model_class = getattr(transformers, architectures[0], None)
+    model_class = getattr(transformers, str(architectures[0]), None)
     if model_class is None:
         raise SourceError(f"transformers has no class {architectures[0]!r}.", code="base_not_loadable")
-    model = model_class.from_pretrained(base.directory, dtype=DTYPE, trust_remote_code=False)
-    wrapped = PeftModel.from_pretrained(model, adapter)
-    with safe_open(weights, framework="pt") as file:
-        given = set(file.keys())
-    applied = len(get_peft_model_state_dict(wrapped))
-    targeted = len(wrapped.targeted_module_names)
-    missing = given - set(get_peft_model_state_dict(wrapped))
-    if missing or applied != len(given):
-        raise AdapterMismatch(
-            f"PEFT applied {applied} tensors, the adapter has {len(given)}; first not applied: {sorted(missing)[:1]}.",
-            code="adapter_unmatched",
-        )
-    merged = wrapped.merge_and_unload()
-    merged.save_pretrained(output)
+    try:
+        model = model_class.from_pretrained(base.directory, dtype=DTYPE, trust_remote_code=False)
+        wrapped = PeftModel.from_pretrained(model, adapter)
+        applied = sorted(_digest(tensor) for tensor in get_peft_model_state_dict(wrapped).values())
+        targeted = len(wrapped.targeted_module_names)
+        if applied != sorted(_digest(read_tensor(file, tensor)) for tensor in file.tensors):
+            raise AdapterMismatch(
+                "PEFT did not apply the adapter whole: its modules are not this base's.", code="adapter_unmatched"
+            )
+        merged = wrapped.merge_and_unload()
+        merged.save_pretrained(output)
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        raise Unsupported(f"PEFT could not merge it: {type(error).__name__}: {error}", code="peft_failed") from error
     return targeted, len(merged.state_dict()) - targeted
+
+
+def _refuse_what_peft_gets_wrong(file: TensorFile, base: Base) -> None:
+    """On a tied model PEFT adds the delta of the head, or of the embedding, to the one tensor that both share."""
+    if not is_tied(base.config):
+        return
+    for tensor in file.tensors:
+        if "lm_head." in tensor.name:
+            code = "unsupported_tied_lm_head"
+        elif "lora_embedding_" in tensor.name:
+            code = "unsupported_embedding_lora"
+        else:
+            continue
+        raise Unsupported(f"{tensor.name[:200]!r}: PEFT merges this wrong on a base with tied embeddings.", code=code)
+
+
+def _digest(tensor: torch.Tensor) -> tuple[tuple[int, ...], float, float]:
+    """Shape and two sums of a tensor, the same before and after PEFT renamed its key and widened its dtype."""
+    values = tensor.detach().double().flatten()
+    weights = torch.arange(1, values.numel() + 1, dtype=torch.float64)
+    return tuple(tensor.shape), float(values.sum()), float(values @ weights)

@@ -72,6 +72,9 @@ SIDE_FILES = (
 """What a user loads beside the weights. transformers 5 does not save `tokenizer.model`, and GGUF needs it."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+"""Either of these is a tokenizer."""
+TOKENIZER_GROUP = frozenset(SIDE_FILES[:7]) - {"tokenizer.model"}
+"""What makes one tokenizer together with its chat template."""
 
 
 def family_of(config: dict[str, Any]) -> Family:

@@ -27,7 +27,7 @@ from dispatcher.errors import (
     SourceError,
     Unavailable,
 )
-from dispatcher.lifecycle import Actor, completed, failed, transition
+from dispatcher.lifecycle import Actor, completed, failed, noted, transition
 from dispatcher.logs import clean
 from dispatcher.records import RecordStore, update
 from dispatcher.tokens import TokenStore
@@ -153,6 +153,8 @@ def _requeued(record: ExportRecord, order: Order, stores: Stores) -> ExportRecor
     """An operator's rerun: failed and cancelled exports are queued again, finished ones when forced."""
 
     def change(found: ExportRecord) -> ExportRecord | None:
+        if found.state is State.QUEUED and order.force_nonce is not None:
+            return noted(found, utc_now(), force_nonce=order.force_nonce)
         again = found.state in (State.FAILED, State.CANCELLED) or (
             found.state is State.COMPLETED and order.force_nonce is not None
         )
@@ -194,7 +196,6 @@ def _run_export(
     try:
         with Heartbeat(stores.records, claimed, seconds=stores.lease_seconds, stop=stop) as heartbeat:
             result = _make(claimed.record, order, stores, job, heartbeat)
-            heartbeat.check()
         _commit(claimed, result, stores)
     except LeaseLost as error:
         log.warning("stopped: %s", error.message)
@@ -212,8 +213,11 @@ def _run_export(
 
 def _make(record: ExportRecord, order: Order, stores: Stores, job: TrainingJob, heartbeat: Heartbeat) -> Result:
     _refuse_unavailable(record.export_type)
-    token = stores.tokens.get(record.token_ref) if record.token_ref else stores.hf_token
-    return export_merged(stores.artifacts, job, record, engine=order.engine, token=token, report=heartbeat.report)
+
+    def token() -> str | None:
+        return stores.tokens.get(record.token_ref) if record.token_ref else stores.hf_token
+
+    return export_merged(stores.artifacts, job, record, engine=order.engine, token=token, hold=heartbeat)
 
 
 def _commit(claimed: Claim, result: Result, stores: Stores) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
+from typing import Protocol
 
 from dispatcher.contract import ExportRecord, Lease, State
 from dispatcher.errors import ExportError, LeaseLost, Unavailable
-from dispatcher.lifecycle import Actor, renewed, transition
+from dispatcher.lifecycle import Actor, holds_live_lease, renewed, transition
 from dispatcher.records import RecordStore, update
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class Heartbeat:
         self._seconds = seconds
         self._stop = stop
         self._stage, self._progress = "claimed", 0.0
-        self._lost: LeaseLost | None = None
+        self._error: ExportError | None = None
         self._expires = time.monotonic() + seconds
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -108,18 +109,37 @@ class Heartbeat:
         Raises:
             LeaseLost: The export was cancelled or taken over: stop before the next write.
             Interrupted: The machine is going away.
+            Unavailable: No heartbeat gets through (`heartbeat_failed`).
         """
         self._stage, self._progress = stage, progress
         self.check()
 
     def check(self) -> None:
         """As `report`, with nothing new to say."""
-        if self._lost is not None:
-            raise self._lost
+        if self._error is not None:
+            raise self._error
         if self._stop.is_set():
             raise Interrupted("the machine is shutting down; the export goes back to the queue")
         if time.monotonic() > self._expires:
-            raise LeaseLost(f"no heartbeat of {self._claim.record.export_id} got through for {self._seconds} s")
+            raise Unavailable(
+                f"no heartbeat of {self._claim.record.export_id} got through for {self._seconds} s",
+                code="heartbeat_failed",
+            )
+
+    def is_ours(self) -> bool:
+        """Whether nobody else can be at work on it: the lease is ours and live, or the export was cancelled.
+
+        Asked before anything published is removed, by an attempt that may have been asleep for an hour.
+        """
+        try:
+            record = self._records.get_export(self._claim.record.export_id)
+        except ExportError as error:
+            log.warning("nothing is removed, the record cannot be read: %s", error)
+            return False
+        if record is None or record.state is State.CANCELLED:
+            return True
+        ours = record.lease is not None and record.lease.lease_id == self._claim.lease_id
+        return ours and holds_live_lease(record, utc_now())
 
     def _run(self) -> None:
         while not self._wake.wait(min(BEAT_SECONDS, self._seconds / 4)):
@@ -127,10 +147,15 @@ class Heartbeat:
             try:
                 update(self._records, self._claim.record.export_id, self._renewed)
             except LeaseLost as error:
-                self._lost = error
+                self._error = error
                 return
             except Unavailable as error:
                 log.warning("heartbeat did not get through: %s", error)
+            except Exception as error:
+                # A thread that died silently would let the lease run out under the work.
+                log.exception("the heartbeat failed")
+                self._error = Unavailable(f"the heartbeat failed: {error}", code="heartbeat_failed")
+                return
             else:
                 self._expires = started + self._seconds
 
@@ -147,4 +172,12 @@ class Heartbeat:
 
 
 Report = Callable[[str, float], None]
-"""`Heartbeat.report`: what the recipe tells about its stage and fraction, and where it is stopped."""
+"""`Hold.report`: what the recipe tells about its stage and fraction, and where it is stopped."""
+
+
+class Hold(Protocol):
+    """What a recipe needs of the claim it works under; a `Heartbeat`."""
+
+    def report(self, stage: str, progress: float) -> None: ...
+
+    def is_ours(self) -> bool: ...

@@ -55,7 +55,7 @@ def write_merged(planned: OutputFile, adapter: Adapter, sink: Sink, on_bytes: On
     """Write one output file of a plan, front to back.
 
     Raises:
-        SourceError: The source changed while it was read.
+        Unavailable: The source changed while it was read (`source_changed`).
         VerificationFailed: A merged value is not finite.
         Exception: Whatever the sink or `on_bytes` raise.
     """
@@ -74,7 +74,7 @@ def write_merged(planned: OutputFile, adapter: Adapter, sink: Sink, on_bytes: On
 
     sink.write(memoryview(planned.header))
     on_bytes(len(planned.header))
-    with planned.source.path.open("rb", buffering=0) as source, _Workers(workers, largest) as pool:
+    with planned.source.open() as source, _Workers(workers, largest) as pool:
         for block in _blocks(planned, adapter):
             if not free:
                 hand_on()

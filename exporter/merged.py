@@ -12,12 +12,12 @@ import torch
 
 from dispatcher.artifacts import ArtifactStore, StoredFile, path_of
 from dispatcher.contract import Artifact, ExportRecord, ExportType, TrainingJob
-from dispatcher.errors import LeaseLost, NotAvailable, VerificationFailed
+from dispatcher.errors import NotAvailable, Unavailable, VerificationFailed
 from exporter import engines, merge
 from exporter.adapter import Adapter, read_adapter, refuse_not_finite
-from exporter.checkpoint import open_checkpoint
+from exporter.checkpoint import changed, open_checkpoint
 from exporter.gemma import family_of
-from exporter.lease import Report
+from exporter.lease import Hold, Report
 from exporter.manifest import (
     MANIFEST_NAME,
     Identity,
@@ -28,8 +28,8 @@ from exporter.manifest import (
 )
 from exporter.plan import Plan, plan_merge
 from exporter.sidefiles import write_side_files
-from exporter.sources import Base, open_base
-from exporter.verify import verify_merged
+from exporter.sources import Base, TokenSource, is_current, open_base
+from exporter.verify import verify_merged, verify_reference
 
 log = logging.getLogger(__name__)
 ROOT = "merged_models"
@@ -59,8 +59,8 @@ def export_merged(
     record: ExportRecord,
     *,
     engine: str,
-    token: str | None,
-    report: Report,
+    token: TokenSource,
+    hold: Hold,
 ) -> Result:
     """Make the merged model of a training job, or find it made already.
 
@@ -69,13 +69,14 @@ def export_merged(
         job: The training job; its adapter exists.
         record: The claimed export.
         engine: `auto`, `streaming` or `peft`.
-        token: A Hugging Face token for a gated base.
-        report: Told of stage and fraction; what it raises stops the work.
+        token: Gives a Hugging Face token for a gated base.
+        hold: Told of stage and fraction; what it raises stops the work.
 
     Raises:
         ExportError: Bad input, a failed check, or a passing fault; nothing of this attempt stays behind.
     """
     started = time.monotonic()
+    report = hold.report
     report("planning", 0.0)
     adapter_uri = job.adapter_path or ""
     adapter_dir = path_of(adapter_uri)
@@ -113,16 +114,25 @@ def export_merged(
             verified=written.verified,
         )
         report("publishing", 0.99)
+        _refuse_changed(base, identity, store, adapter_uri)
+        if not still_holds(store, directory, manifest):
+            raise Unavailable(f"files of {directory} vanished before it was published", code="artifact_vanished")
         run = {"wall_seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
         publish_manifest(store, directory, manifest, run)
-    except LeaseLost:
-        # Whoever took over may be writing the same files: only our temporary ones are ours to remove.
-        raise
     except BaseException:
-        if not store.exists(store.uri(f"{directory}/{MANIFEST_NAME}")):
+        # Whoever took over may be writing the same files; then only our temporary ones were ours to remove.
+        if hold.is_ours() and not store.exists(store.uri(f"{directory}/{MANIFEST_NAME}")):
             store.delete_prefix(directory)
         raise
     return _result(store, directory, manifest, run, identity)
+
+
+def _refuse_changed(base: Base, identity: Identity, store: ArtifactStore, adapter_uri: str) -> None:
+    """The manifest names what was read; so base and adapter must still be what they were at the start."""
+    if not is_current(base):
+        raise changed("the base model")
+    if store.fingerprint(adapter_uri) != identity.adapter_fingerprint:
+        raise changed("the adapter")
 
 
 _Engine = Callable[[ArtifactStore, str, Base, Path, Report], _Written]
@@ -141,7 +151,7 @@ def _engine(name: str) -> tuple[_Engine, str, str]:
 def _stream(store: ArtifactStore, directory: str, base: Base, adapter_dir: Path, report: Report) -> _Written:
     adapter = read_adapter(adapter_dir)
     plan = plan_merge(open_checkpoint(base.directory), adapter, family_of(base.config), base.config)
-    refuse_not_finite(adapter)
+    refuse_not_finite(adapter.file)
     files = _write_shards(store, directory, plan, adapter, report)
     files += write_side_files(store, directory, base.directory, adapter_dir, plan)
     report("verifying", _WRITE_TO)
@@ -186,7 +196,9 @@ def _with_peft(store: ArtifactStore, directory: str, base: Base, adapter_dir: Pa
             for path in sorted(output.iterdir())
             if path.is_file() and path.name not in taken
         ]
-    return _Written(side + files, {"merged": merged, "copied": copied}, {"files": len(side) + len(files)})
+    report("verifying", _WRITE_TO)
+    verified = verify_reference(path_of(store.uri(directory)), open_checkpoint(base.directory), family_of(base.config))
+    return _Written(side + files, {"merged": merged, "copied": copied}, verified)
 
 
 def _upload(store: ArtifactStore, path: str, source: Path, report: Report) -> StoredFile:

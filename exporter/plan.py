@@ -72,7 +72,7 @@ def plan_merge(base: Checkpoint, adapter: Adapter, family: Family, config: Mappi
     """
     names = _by_canonical_name(base, family)
     tensors = {name: tensor for name, (_, tensor) in base.tensors().items()}
-    tower, targets = _resolve(adapter, family, names, tensors, tied=_is_tied(config))
+    tower, targets = _resolve(adapter, family, names, tensors, tied=is_tied(config))
     merges: dict[str, LoraPair] = {}
     for pair, target in targets:
         if target in merges:
@@ -101,7 +101,7 @@ def _by_canonical_name(base: Checkpoint, family: Family) -> dict[str, list[str]]
     return names
 
 
-def _is_tied(config: Mapping[str, Any]) -> bool:
+def is_tied(config: Mapping[str, Any]) -> bool:
     """Whether the output head is the embedding; every Gemma's default is that it is."""
     text = config.get("text_config")
     nested = text.get("tie_word_embeddings", True) if isinstance(text, dict) else True
@@ -144,7 +144,9 @@ def _tower_of(
     way round); PEFT applies nothing then, and says nothing.
     """
     first = astray[0][1]
-    towers = {name.removesuffix(first) for name in names if name.endswith(f".{first}")}
+    # A tower is a root: anything deeper (`vision_tower.encoder.`) fits by chance of its inner names alone.
+    ends = [name.removesuffix(first) for name in names if name.endswith(f".{first}")]
+    towers = {tower for tower in ends if tower.count(".") == 1}
     if first.startswith(TEXT_TOWER):
         towers.add(f"-{TEXT_TOWER}")
     fitting = sorted(
@@ -170,7 +172,9 @@ def _tower_of(
 
 
 def _moved(name: str, tower: str) -> str:
-    return name.removeprefix(tower[1:]) if tower.startswith("-") else tower + name
+    if tower.startswith("-"):
+        return name.removeprefix(tower[1:]).removeprefix("model.")
+    return tower + name
 
 
 def _fits(pair: LoraPair, tensor: Tensor) -> bool:

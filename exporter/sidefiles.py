@@ -6,7 +6,7 @@ from pathlib import Path
 from dispatcher.artifacts import ArtifactStore, StoredFile
 from dispatcher.errors import SourceError
 from exporter.checkpoint import INDEX_NAME
-from exporter.gemma import SIDE_FILES
+from exporter.gemma import SIDE_FILES, TOKENIZER_FILES, TOKENIZER_GROUP
 from exporter.plan import Plan
 
 MAX_SIDE_FILE_BYTES = 200_000_000
@@ -16,12 +16,17 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 def side_files(base: Path, adapter: Path) -> dict[str, Path]:
     """Where each side file comes from: the adapter's own where it has one, else the base's.
 
-    A tokenizer is taken whole from one of the two wherever the adapter has a `tokenizer.json`, with one exception:
+    A tokenizer and its chat template belong together: where the adapter has a tokenizer, all of that comes from the
+    adapter, so that a template inside its `tokenizer_config.json` is not overruled by a file of the base. Only
     `tokenizer.model`, which transformers 5 does not save, comes from the base then.
     """
+    has_tokenizer = any((adapter / name).is_file() for name in TOKENIZER_FILES)
+    names = (*SIDE_FILES, *_templates(base), *_templates(adapter))
     found = {}
-    for name in (*SIDE_FILES, *_templates(base), *_templates(adapter)):
-        source = next((directory / name for directory in (adapter, base) if (directory / name).is_file()), None)
+    for name in names:
+        whole = has_tokenizer and (name in TOKENIZER_GROUP or name.startswith(f"{TEMPLATE_FOLDER}/"))
+        places = (adapter,) if whole else (adapter, base)
+        source = next((directory / name for directory in places if (directory / name).is_file()), None)
         if source is not None:
             found[name] = source
     return found

@@ -5,6 +5,7 @@ Either way the rest of the exporter sees a local directory and an identity that 
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from dispatcher.errors import SourceError, Unavailable
 MAX_CONFIG_BYTES = 10_000_000
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja")
 """What an export can use; never a pickle."""
+
+
+TokenSource = Callable[[], str | None]
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,13 @@ def local_path(uri: str) -> Path | None:
     return path if "://" in uri or Path(uri).is_absolute() or path.is_dir() else None
 
 
-def open_base(model_id: str, revision: str | None, token: str | None) -> Base:
+def open_base(model_id: str, revision: str | None, token: TokenSource) -> Base:
     """Find a base model and read its config.json.
 
     Args:
         model_id: A directory, a `file://` URI, or a hub id.
         revision: Branch, tag or commit on the hub; None is its main branch.
-        token: Hugging Face token of the caller, for gated models.
+        token: Gives the caller's Hugging Face token; asked only where the hub is.
 
     Raises:
         SourceError: `base_missing`, `base_config_invalid`, or one of the hub's answers (`base_gated`,
@@ -51,10 +55,17 @@ def open_base(model_id: str, revision: str | None, token: str | None) -> Base:
     """
     directory = local_path(model_id)
     if directory is None:
-        return _from_hub(model_id, revision, token)
+        return _from_hub(model_id, revision, token())
     if not directory.is_dir():
         raise SourceError(f"the base model's directory {directory} does not exist.", code="base_missing")
     return Base(model_id, f"directory:{_directory_digest(directory)}", directory, _read_config(directory))
+
+
+def is_current(base: Base) -> bool:
+    """Whether a base in a directory is still what it was when it was opened; the hub's commits never change."""
+    return (
+        not base.revision.startswith("directory:") or base.revision == f"directory:{_directory_digest(base.directory)}"
+    )
 
 
 def _directory_digest(directory: Path) -> str:

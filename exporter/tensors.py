@@ -7,8 +7,7 @@ import os
 
 import torch
 
-from dispatcher.errors import SourceError
-from exporter.checkpoint import Tensor, TensorFile
+from exporter.checkpoint import Tensor, TensorFile, changed
 
 TORCH_DTYPE = {
     "F64": torch.float64,
@@ -23,20 +22,20 @@ def read_into(fd: int, buffer: memoryview, offset: int, name: str) -> None:
     """Fill `buffer` from byte `offset` of an open file.
 
     Raises:
-        SourceError: `source_changed` when the file ends before that: it was complete when its header was read.
+        Unavailable: `source_changed` when the file ends before that: it was complete when its header was read.
     """
     done = 0
     while done < len(buffer):
         count = os.preadv(fd, [buffer[done:]], offset + done)
         if count == 0:
-            raise SourceError(f"{name} became shorter while it was read. Run the export again.", code="source_changed")
+            raise changed(name)
         done += count
 
 
 def read_tensor(file: TensorFile, tensor: Tensor) -> torch.Tensor:
     """One whole tensor, of its own shape and dtype; for small ones (an adapter's)."""
     data = bytearray(tensor.nbytes)
-    with file.path.open("rb", buffering=0) as source:
+    with file.open() as source:
         read_into(source.fileno(), memoryview(data), tensor.start, file.name)
     if not data:
         return torch.empty(tensor.shape, dtype=TORCH_DTYPE[tensor.dtype])

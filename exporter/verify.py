@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,8 @@ import torch
 from dispatcher.artifacts import ArtifactStore
 from dispatcher.errors import VerificationFailed
 from exporter.adapter import Adapter
-from exporter.checkpoint import Tensor, TensorFile
+from exporter.checkpoint import Checkpoint, Tensor, TensorFile, open_checkpoint
+from exporter.gemma import Family, canonical_name
 from exporter.plan import OutputFile, Plan
 from exporter.tensors import TORCH_DTYPE, read_tensor
 
@@ -46,6 +48,8 @@ def verify_merged(store: ArtifactStore, directory: str, plan: Plan, adapter: Ada
         if sizes.get(planned.name) != planned.size or store.read_range(uri, 0, len(planned.header)) != planned.header:
             raise VerificationFailed(f"{planned.name} is not of the planned size and header.", code="header_differs")
         for tensor, start in _written(planned):
+            if tensor.nbytes == 0:
+                continue
             (merged if tensor.name in planned.merges else copied).append((planned, uri, tensor, start))
     worst = 0.0
     for planned, uri, tensor, start in _spread(merged):
@@ -60,6 +64,34 @@ def verify_merged(store: ArtifactStore, directory: str, plan: Plan, adapter: Ada
         "copied_sampled": len(_spread(copied)),
         "worst_error_ulp": round(worst, 4),
     }
+
+
+def verify_reference(written: Path, base: Checkpoint, family: Family) -> dict[str, Any]:
+    """Check what a reference engine wrote, as far as it can be checked without its own plan.
+
+    Every floating tensor is finite, one by one, and at least one differs from the base's of the same name once that
+    is rounded to the output's dtype.
+
+    Raises:
+        VerificationFailed: `output_not_finite` or `nothing_changed`.
+    """
+    originals = {canonical_name(name, family): place for name, place in base.tensors().items()}
+    checked, changed = 0, 0
+    for name, (file, tensor) in open_checkpoint(written).tensors().items():
+        if tensor.dtype not in TORCH_DTYPE:
+            continue
+        checked += 1
+        values = read_tensor(file, tensor)
+        original = originals.get(canonical_name(name, family))
+        known = original is not None and original[1].dtype in TORCH_DTYPE
+        before = read_tensor(*original).to(values.dtype) if original is not None and known else None
+        same = before is not None and torch.equal(values, before)
+        changed += before is not None and not same
+        if not same and not torch.isfinite(values).all():
+            raise VerificationFailed(f"{name} holds NaN or infinity.", code="output_not_finite")
+    if changed == 0:
+        raise VerificationFailed("no tensor differs from the base's.", code="nothing_changed")
+    return {"tensors_read": checked, "tensors_changed": changed}
 
 
 def _written(planned: OutputFile) -> list[tuple[Tensor, int]]:
@@ -79,7 +111,7 @@ def _spread(items: Sequence[Item]) -> Sequence[Item]:
 
 
 def _source_bytes(file: TensorFile, offset: int, length: int) -> bytes:
-    with file.path.open("rb", buffering=0) as source:
+    with file.open() as source:
         return os.pread(source.fileno(), length, offset)
 
 
@@ -112,7 +144,7 @@ def _merge_error(
                 f"row {row} of {tensor.name} is off by {float((error / ulp).max()):.3g} ulp.",
                 code="merge_wrong",
             )
-        worst = max(worst, float((error / ulp).max())) if width else worst
+        worst = max(worst, float((error / ulp).max()))
     return worst
 
 

@@ -10,6 +10,16 @@ from exporter.merged import Result, export_merged
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
+class Undisturbed:
+    """A hold on an export that nobody contends for."""
+
+    def report(self, stage: str, progress: float) -> None:
+        pass
+
+    def is_ours(self) -> bool:
+        return True
+
+
 def training_job(base: Path | str, adapter: Path, **fields: str) -> TrainingJob:
     """A completed training job of user `ann`."""
     document = {"user_id": "ann", "status": "completed", "base_model_id": str(base), "adapter_path": str(adapter)}
@@ -44,8 +54,8 @@ def export(base: Path | str, adapter: Path, store: Path, *, engine: str = "strea
         training_job(base, adapter),
         merged_record(),
         engine=engine,
-        token=None,
-        report=lambda stage, progress: None,
+        token=lambda: None,
+        hold=Undisturbed(),
     )
 
 

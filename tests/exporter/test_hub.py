@@ -82,9 +82,9 @@ OPEN_EACH = """
 import json, sys
 from dispatcher.errors import ExportError
 from exporter.sources import open_base
-for wanted in json.loads(sys.argv[1]):
+for model_id, revision, token in json.loads(sys.argv[1]):
     try:
-        open_base(*wanted)
+        open_base(model_id, revision, lambda: token)
     except ExportError as error:
         print(json.dumps([error.error_code, error.message]))
     else:

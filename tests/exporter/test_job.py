@@ -3,26 +3,39 @@
 import json
 import os
 import secrets
+import shutil
+import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from dispatcher.artifacts import ArtifactWriter, LocalArtifacts, path_of
 from dispatcher.contract import ExportRecord, ExportType, Lease, State
 from dispatcher.errors import ArtifactConflict, NotAvailable, NotFound, StorageFull, TokenExpired, Unavailable
-from dispatcher.lifecycle import Actor, transition
+from dispatcher.lifecycle import Actor, noted, transition
 from dispatcher.records import SqliteRecords, update
 from dispatcher.tokens import FileTokens
 from exporter.job import ExitCode, Order, Stores, run_job
 from exporter.lease import utc_now
 from exporter.manifest import publish_manifest
-from tests.exporter.damage import edit_adapter, edit_config
-from tests.exporter.exporting import merged_record
-from tests.gemmas import make_adapter, save_base
+from tests.exporter.damage import Tensors, edit_adapter, edit_config
+from tests.exporter.exporting import NOW, merged_into, merged_record
+from tests.gemmas import (
+    Layout,
+    assert_same_tensors,
+    load_model,
+    make_adapter,
+    model_tensors,
+    peft_merged,
+    save_base,
+)
+from tests.waiting import until
 
 EXPORT = "job-1.merged"
 
@@ -52,9 +65,18 @@ class Place:
         assert self.records.create_export(record)
         return record
 
+    def rewrite_job(self, **changes: object) -> None:
+        """As the training service may: change the job's document."""
+        with closing(sqlite3.connect(self.root / "records.db")) as connection, connection:
+            (text,) = connection.execute("SELECT document FROM training_jobs").fetchone()
+            connection.execute("UPDATE training_jobs SET document = ?", (json.dumps({**json.loads(text), **changes}),))
+
     def run(self, **order: object) -> ExitCode:
         wanted = Order(job_id="job-1", execution=f"test-{secrets.token_hex(3)}")
         return run_job(replace(wanted, **order), self.stores, self.stop)  # type: ignore[arg-type]  # fields by name
+
+    def record_change(self, to: State, by: Actor) -> None:
+        update(self.records, EXPORT, lambda record: transition(record, to, by=by, now=utc_now()))
 
     def record(self) -> ExportRecord:
         record = self.records.get_export(EXPORT)
@@ -152,11 +174,7 @@ def test_a_manifest_without_a_record_is_only_recorded(place: Place) -> None:
     place.queue()
     place.run()
     before = {name: (place.root / "artifacts" / name).stat().st_mtime_ns for name in place.files()}
-    update(
-        place.records,
-        EXPORT,
-        lambda record: transition(record, State.QUEUED, by=Actor.OPERATOR, now=utc_now()),
-    )
+    _requeue(place)
     assert place.run() is ExitCode.DONE
     assert place.record().state is State.COMPLETED
     assert {name: (place.root / "artifacts" / name).stat().st_mtime_ns for name in place.files()} == before
@@ -166,11 +184,7 @@ def test_a_published_artifact_that_lost_a_file_is_not_recorded_as_complete(place
     place.queue()
     place.run()
     (path_of(place.record().artifacts[0].uri) / "model.safetensors").unlink()
-    update(
-        place.records,
-        EXPORT,
-        lambda record: transition(record, State.QUEUED, by=Actor.OPERATOR, now=utc_now()),
-    )
+    _requeue(place)
     assert place.run() is ExitCode.FAILED
     error = place.record().error
     assert error is not None
@@ -321,7 +335,7 @@ class _Interfering(LocalArtifacts):
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        self.interfere: Callable[[], None] = lambda: None
+        self.interfere: Callable[[], object] = lambda: None
 
     def create(self, path: str, *, size: int | None = None) -> ArtifactWriter:
         self.interfere()
@@ -338,24 +352,161 @@ def test_sigterm_gives_the_export_back_to_the_queue(place: Place) -> None:
     assert place.files() == []
 
 
-def test_a_cancelled_export_publishes_nothing(place: Place) -> None:
-    """The cancellation comes while the weights are written; the record's compare-and-set decides."""
+def test_a_cancelled_export_leaves_nothing(place: Place) -> None:
+    """The cancellation comes while the weights are written, and is seen at the next heartbeat."""
     place.queue()
     store = _Interfering(place.root / "artifacts")
 
     def cancel() -> None:
         if place.record().state is State.RUNNING:
-            update(
-                place.records,
-                EXPORT,
-                lambda record: transition(record, State.CANCELLED, by=Actor.CALLER, now=utc_now()),
-            )
+            place.record_change(State.CANCELLED, Actor.CALLER)
+            until(lambda: not any(thread.name == "heartbeat" for thread in threading.enumerate()), "the heartbeat")
 
     store.interfere = cancel
     place.stores = replace(place.stores, artifacts=store)
     assert place.run() is ExitCode.DONE
     assert place.record().state is State.CANCELLED
+    assert place.files() == []
+
+
+def test_an_attempt_that_slept_past_its_lease_takes_nothing_from_its_successor(place: Place) -> None:
+    """It wakes with its temporary file gone, after another made and published the very same version."""
+    place.queue()
+    store = _Interfering(place.root / "artifacts")
+    successor = replace(place.stores)
+
+    def sleep() -> None:
+        store.interfere = lambda: None
+        update(place.records, EXPORT, _expired)
+        order = Order(job_id="job-1", execution="successor")
+        assert run_job(order, successor, threading.Event()) is ExitCode.DONE
+        raise Unavailable("the disk stalled")
+
+    store.interfere = sleep
+    place.stores = replace(place.stores, artifacts=store)
+    assert place.run() is ExitCode.DONE
+    record = place.record()
+    assert record.state is State.COMPLETED
+    merged = path_of(record.artifacts[0].uri)
+    manifest = json.loads((merged / "export.json").read_text())
+    assert all((merged / file["name"]).stat().st_size == file["bytes"] for file in manifest["files"])
+
+
+def _expired(record: ExportRecord) -> ExportRecord:
+    assert record.lease is not None
+    lease = record.lease.model_copy(update={"expires_at": NOW})
+    return record.model_copy(update={"lease": lease, "revision": record.revision + 1})
+
+
+def test_a_half_written_version_of_a_live_successor_is_left_alone(place: Place) -> None:
+    """As before, but the successor is still at work: it holds the lease, and there is no manifest yet."""
+    place.queue()
+    store = _Interfering(place.root / "artifacts")
+    kept = "merged_models/job-1/successor/model.safetensors"
+
+    def sleep() -> None:
+        update(place.records, EXPORT, _expired)
+        _leased(place, "successor", 60)
+        (place.root / "artifacts" / kept).parent.mkdir(parents=True)
+        (place.root / "artifacts" / kept).write_bytes(b"theirs")
+        raise Unavailable("the disk stalled")
+
+    store.interfere = sleep
+    place.stores = replace(place.stores, artifacts=store)
+    assert place.run() is ExitCode.DONE
+    assert place.record().state is State.RUNNING
+    assert place.files() == [kept]
+
+
+@pytest.mark.parametrize("name", ["base/model.safetensors", "adapter/adapter_model.safetensors", "base/config.json"])
+def test_a_source_replaced_while_it_is_read_is_noticed(name: str, place: Place) -> None:
+    """Else the manifest would name another base or adapter than the one that was merged."""
+    place.queue()
+    store = _Interfering(place.root / "artifacts")
+    path = place.root / name
+
+    def swap() -> None:
+        content = path.read_bytes()
+        other = path.with_name("other")
+        other.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if name.endswith("tensors") else content + b" ")
+        other.replace(path)
+
+    store.interfere = swap
+    place.stores = replace(place.stores, artifacts=store)
+    assert place.run() is ExitCode.TRY_AGAIN
+    assert place.record().state is State.QUEUED
+    assert place.files() == []
+
+
+class _Faltering(SqliteRecords):
+    """A record store that fails once the export is claimed."""
+
+    error: Exception = Unavailable("the store is down")
+
+    def replace_export(
+        self, old: ExportRecord, new: ExportRecord, *, job_result: Mapping[str, str] | None = None
+    ) -> bool:
+        if old.state is State.RUNNING and new.state is State.RUNNING:
+            raise self.error
+        return super().replace_export(old, new, job_result=job_result)
+
+
+@pytest.mark.parametrize("error", [Unavailable("the store is down"), RuntimeError("odd")])
+def test_work_without_a_heartbeat_stops_and_is_tried_again(error: Exception, place: Place) -> None:
+    """Never with 0, which would say that nothing is left to do."""
+    place.queue()
+    records = _Faltering(place.root / "records.db")
+    records.error = error
+    store = _Interfering(place.root / "artifacts")
+    store.interfere = lambda: until(lambda: _is_stopped(place), "the heartbeat to fail")
+    place.stores = replace(place.stores, records=records, artifacts=store, lease_seconds=1)
+    assert place.run() is ExitCode.TRY_AGAIN
     assert place.record().artifacts == ()
+    records.close()
+
+
+def _is_stopped(place: Place) -> bool:
+    lease = place.record().lease
+    beating = any(thread.name == "heartbeat" for thread in threading.enumerate())
+    return not beating or lease is None or lease.expires_at < utc_now()
+
+
+def test_sigterm_after_the_manifest_still_finishes(place: Place) -> None:
+    """One compare-and-set is left; throwing the work back would only do it twice."""
+    place.queue()
+
+    class Stopping(LocalArtifacts):
+        def create(self, path: str, *, size: int | None = None) -> ArtifactWriter:
+            if path.endswith("export.json"):
+                place.stop.set()
+            return super().create(path, size=size)
+
+    place.stores = replace(place.stores, artifacts=Stopping(place.root / "artifacts"))
+    place.run()
+    assert place.record().state is State.COMPLETED
+
+
+def test_forcing_also_reaches_an_export_that_is_queued_already(place: Place) -> None:
+    place.queue()
+    place.run()
+    first = place.record().artifacts[0].version
+    _requeue(place)
+    assert place.run(force_nonce="n1") is ExitCode.DONE
+    assert place.record().artifacts[0].version != first
+
+
+def test_a_tokenizer_is_taken_whole_from_the_adapter(place: Place) -> None:
+    """The adapter's template lies inside its tokenizer_config.json; a file of the base must not overrule it."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(place.root / "base" / name, place.root / "adapter" / name)
+    (place.root / "base" / "chat_template.jinja").write_text("the base's")
+    (place.root / "base" / "added_tokens.json").write_text("{}")
+    place.queue()
+    place.run()
+    merged = path_of(place.record().artifacts[0].uri)
+    assert not (merged / "chat_template.jinja").exists()
+    assert not (merged / "added_tokens.json").exists()
+    assert (merged / "tokenizer.model").exists()
 
 
 def test_a_manifest_with_other_content_is_a_conflict(place: Place) -> None:
@@ -382,14 +533,23 @@ def test_the_token_is_dropped_when_the_export_is_finished(place: Place) -> None:
 
 
 def test_an_expired_token_says_how_to_go_on(place: Place) -> None:
+    """Only a base on the hub needs it."""
     ref = place.tokens.put(EXPORT, "hf_secret123456")
     place.tokens.delete(ref)
     place.queue(token_ref=ref)
+    assert place.run() is ExitCode.DONE
+    place.rewrite_job(base_model_id="google/somewhere-else")
+    _requeue(place)
+    update(place.records, EXPORT, lambda record: noted(record, utc_now(), token_ref=ref))
     assert place.run() is ExitCode.FAILED
     error = place.record().error
     assert error is not None
     assert error.code == "token_expired"
     assert "hf_token" in error.message
+
+
+def _requeue(place: Place) -> None:
+    update(place.records, EXPORT, lambda record: transition(record, State.QUEUED, by=Actor.OPERATOR, now=utc_now()))
 
 
 def test_an_unknown_job_or_export_is_named(place: Place) -> None:
@@ -413,11 +573,7 @@ def test_a_base_changed_in_place_makes_another_version(place: Place) -> None:
     place.run()
     first = place.record().artifacts[0].version
     os.utime(place.root / "base" / "model.safetensors", ns=(1, 1))
-    update(
-        place.records,
-        EXPORT,
-        lambda record: transition(record, State.QUEUED, by=Actor.OPERATOR, now=utc_now()),
-    )
+    _requeue(place)
     place.run()
     assert place.record().artifacts[0].version != first
 
@@ -430,7 +586,55 @@ def test_peft_is_the_way_out_and_agrees_on_a_plain_adapter(place: Place) -> None
     manifest = json.loads((merged / "export.json").read_text())
     assert manifest["engine"]["name"] == "peft"
     assert manifest["tensors"]["merged"] == 14
+    assert manifest["verified"]["tensors_changed"] == 14
     assert (merged / "tokenizer.model").is_file()
+    expected = peft_merged(place.root / "base", place.root / "adapter")
+    assert_same_tensors(model_tensors(load_model(merged)), expected)
+
+
+def _poison(tensors: Tensors) -> Tensors:
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    return tensors
+
+
+def _train_the_head(tensors: Tensors) -> Tensors:
+    head = "base_model.model.lm_head.lora_{}.weight"
+    return {**tensors, head.format("A"): torch.ones(4, 16), head.format("B"): torch.ones(64, 4)}
+
+
+def _of_another_base(tensors: Tensors) -> Tensors:
+    return {name.replace("layers.1.", "layers.5."): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (_poison, "adapter_not_finite"),
+        (_train_the_head, "unsupported_tied_lm_head"),
+        (_of_another_base, "adapter_unmatched"),
+        (lambda tensors: {name: tensor * 0 for name, tensor in tensors.items()}, "nothing_changed"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")  # all that PEFT says of it
+def test_what_peft_gets_silently_wrong_is_refused(
+    change: Callable[[Tensors], Tensors], code: str, place: Place
+) -> None:
+    place.queue()
+    edit_adapter(place.root / "adapter", change)
+    assert place.run(engine="peft") is ExitCode.FAILED
+    error = place.record().error
+    assert error is not None
+    assert error.code == code
+    assert place.files() == []
+
+
+@pytest.mark.parametrize("layout", ["hub", "nested"])
+def test_peft_takes_an_adapter_of_an_older_library(layout: Layout, tmp_path: Path) -> None:
+    model = save_base("gemma3", tmp_path / "base")
+    make_adapter("gemma3", model, tmp_path / "adapter", layout=layout)
+    merged = merged_into(tmp_path / "base", tmp_path / "adapter", tmp_path / "one", engine="peft")
+    streamed = merged_into(tmp_path / "base", tmp_path / "adapter", tmp_path / "two")
+    assert_same_tensors(model_tensors(load_model(merged)), model_tensors(load_model(streamed)))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 from dispatcher.errors import ExportError
 from tests.exporter.damage import Tensors, edit_adapter, edit_config, edit_header
@@ -371,3 +372,49 @@ def test_an_untied_head_is_merged_like_any_linear(tmp_path: Path) -> None:
     merged = file_tensors(merged_into(tmp_path / "base", tmp_path / "adapter", tmp_path / "store"))
     expected = (tensors["lm_head.weight"].float() + 4 * 2.0).to(torch.bfloat16)
     assert torch.equal(merged["lm_head.weight"], expected)
+
+
+def test_a_text_adapter_never_lands_in_the_vision_tower(tmp_path: Path) -> None:
+    """Its shapes fit the vision layers and not the language ones, but its bare keys cannot mean those."""
+    save_base("gemma3", tmp_path / "base")
+    config = build_model("gemma3_text").config
+    config.hidden_size, config.num_attention_heads, config.head_dim = 12, 1, 12
+    small = transformers.Gemma3ForCausalLM(config)
+    make_adapter("gemma3_text", small, tmp_path / "adapter", targets=["q_proj", "k_proj", "v_proj"])
+    vision = file_tensors(tmp_path / "base")["vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight"]
+    assert vision.shape == small.model.layers[0].self_attn.q_proj.weight.shape
+    assert refusal(tmp_path).error_code == "adapter_unmatched"
+
+
+def test_the_old_multimodal_names_also_fit_the_text_only_base(tmp_path: Path) -> None:
+    text = save_base("gemma3_text", tmp_path / "base")
+    make_adapter("gemma3_text", text, tmp_path / "adapter")
+    expected = merged_into(tmp_path / "base", tmp_path / "adapter", tmp_path / "one")
+    edit_adapter(
+        tmp_path / "adapter",
+        lambda own: {
+            key.replace("model.model.layers", "model.language_model.model.layers"): t for key, t in own.items()
+        },
+    )
+    mapped = merged_into(tmp_path / "base", tmp_path / "adapter", tmp_path / "two")
+    assert_same_tensors(file_tensors(mapped), file_tensors(expected))
+
+
+def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+    model = save_base("gemma3_text", tmp_path / "base", seed=1, shard_bytes=6000)
+    save_base("gemma3_text", tmp_path / "single", seed=2)
+    shutil.copy(tmp_path / "single" / "model.safetensors", tmp_path / "base" / "model.safetensors")
+    make_adapter("gemma3_text", model, tmp_path / "adapter")
+    merged = merged_into(tmp_path / "base", tmp_path / "adapter", tmp_path / "store")
+    expected = merged_into(tmp_path / "single", tmp_path / "adapter", tmp_path / "other")
+    assert_same_tensors(file_tensors(merged), file_tensors(expected))
+
+
+def test_empty_tensors_are_carried_along(tmp_path: Path) -> None:
+    model = save_base("gemma3_text", tmp_path / "base")
+    tensors = file_tensors(tmp_path / "base") | {"empty": torch.empty(0, 7), "flag": torch.tensor(3)}
+    safetensors.torch.save_file(tensors, tmp_path / "base" / "model.safetensors")
+    make_adapter("gemma3_text", model, tmp_path / "adapter")
+    merged = file_tensors(merged_into(tmp_path / "base", tmp_path / "adapter", tmp_path / "store"))
+    assert merged["empty"].shape == (0, 7)
+    assert merged["flag"] == 3
