@@ -1,6 +1,7 @@
 """Where records are kept: training jobs (read, and written back to) and exports (compare-and-set)."""
 
 import json
+import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -14,6 +15,8 @@ import pydantic
 from dispatcher.contract import ExportRecord, State, TrainingJob
 from dispatcher.errors import ExportError, Misconfigured, NotFound, SourceError, Unavailable
 
+logger = logging.getLogger(__name__)
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS training_jobs (job_id TEXT PRIMARY KEY, document TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS exports (
@@ -23,6 +26,9 @@ CREATE TABLE IF NOT EXISTS exports (
 CREATE INDEX IF NOT EXISTS exports_by_user ON exports (user_id, state);
 CREATE INDEX IF NOT EXISTS exports_by_job ON exports (job_id);
 """
+# Documents are read as bytes: what is not even UTF-8 is then one damaged document, not a failed query.
+_SELECT_JOB = "SELECT CAST(document AS BLOB) FROM training_jobs WHERE job_id = ?"
+_SELECT_EXPORT = "SELECT CAST(document AS BLOB) FROM exports WHERE export_id = ?"
 _UPDATE_ATTEMPTS = 50
 
 
@@ -36,14 +42,18 @@ class RecordStore(Protocol):
         """The training job, or None.
 
         Raises:
-            SourceError: The document lacks what an export needs (`job_document_invalid`).
+            SourceError: The document is damaged, or lacks what an export needs (`job_document_invalid`).
         """
 
     def put_job(self, job_id: str, document: dict[str, Any]) -> bool:
         """Create the document; False when there is one already, which stays as it is."""
 
     def get_export(self, export_id: str) -> ExportRecord | None:
-        """The record, or None."""
+        """The record, or None.
+
+        Raises:
+            ExportError: It is there and cannot be read (`record_invalid`).
+        """
 
     def create_export(self, record: ExportRecord, *, job_result: Mapping[str, str] | None = None) -> bool:
         """Create the record; False when there is one already, which stays as it is."""
@@ -66,7 +76,10 @@ class RecordStore(Protocol):
         limit: int = 100,
         after: str | None = None,
     ) -> list[ExportRecord]:
-        """At most `limit` records ordered by export id, those after the id `after`."""
+        """At most `limit` records ordered by export id, those after the id `after`.
+
+        One that cannot be read is left out and logged as an error: it must not stop the sweep of all others.
+        """
 
 
 def update(
@@ -117,11 +130,11 @@ class SqliteRecords:
 
     def get_job(self, job_id: str) -> TrainingJob | None:
         with self._connection() as connection:
-            row = connection.execute("SELECT document FROM training_jobs WHERE job_id = ?", (job_id,)).fetchone()
+            row = connection.execute(_SELECT_JOB, (job_id,)).fetchone()
         if row is None:
             return None
         try:
-            return TrainingJob.from_document(job_id, json.loads(row[0]))
+            return TrainingJob.from_document(job_id, _document(job_id, row[0]))
         except pydantic.ValidationError as error:
             raise invalid_job(job_id, error) from error
 
@@ -135,7 +148,7 @@ class SqliteRecords:
 
     def get_export(self, export_id: str) -> ExportRecord | None:
         with self._connection() as connection:
-            row = connection.execute("SELECT document FROM exports WHERE export_id = ?", (export_id,)).fetchone()
+            row = connection.execute(_SELECT_EXPORT, (export_id,)).fetchone()
         return None if row is None else _record(export_id, row[0])
 
     def create_export(self, record: ExportRecord, *, job_result: Mapping[str, str] | None = None) -> bool:
@@ -170,15 +183,28 @@ class SqliteRecords:
         after: str | None = None,
     ) -> list[ExportRecord]:
         query = (
-            "SELECT export_id, document FROM exports WHERE (:user IS NULL OR user_id = :user) "
+            "SELECT export_id, CAST(document AS BLOB) FROM exports WHERE (:user IS NULL OR user_id = :user) "
             "AND (:job IS NULL OR job_id = :job) AND (:after IS NULL OR export_id > :after) "
             "AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states))) "
             "ORDER BY export_id LIMIT :limit"
         )
         wanted = None if states is None else json.dumps(sorted(states))
-        values = {"user": user_id, "job": job_id, "after": after, "states": wanted, "limit": limit}
-        with self._connection() as connection:
-            return [_record(export_id, text) for export_id, text in connection.execute(query, values).fetchall()]
+        found: list[ExportRecord] = []
+        # A page that holds unreadable rows is filled up: to whoever turns pages, a short one is the last.
+        while len(found) < limit:
+            missing = limit - len(found)
+            values = {"user": user_id, "job": job_id, "after": after, "states": wanted, "limit": missing}
+            with self._connection() as connection:
+                rows = connection.execute(query, values).fetchall()
+            for export_id, document in rows:
+                try:
+                    found.append(_record(export_id, document))
+                except ExportError as error:
+                    logger.error("export %s is left out of a listing: %s", export_id, error)
+            if len(rows) < missing:
+                break
+            after = rows[-1][0]
+        return found
 
     def close(self) -> None:
         """Close the idle connections; those in use are closed when they come back."""
@@ -258,21 +284,33 @@ def with_result(document: dict[str, Any], job_result: Mapping[str, str]) -> dict
 
 
 def _write_back(connection: sqlite3.Connection, job_id: str, job_result: Mapping[str, str] | None) -> None:
-    row = connection.execute("SELECT document FROM training_jobs WHERE job_id = ?", (job_id,)).fetchone()
+    row = connection.execute(_SELECT_JOB, (job_id,)).fetchone()
     # The training service may have deleted its job meanwhile; the export is valid all the same.
     if job_result and row is not None:
-        text = json.dumps(with_result(json.loads(row[0]), job_result))
+        text = json.dumps(with_result(_document(job_id, row[0]), job_result))
         connection.execute("UPDATE training_jobs SET document = ? WHERE job_id = ?", (text, job_id))
+
+
+def _document(job_id: str, stored: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(stored)
+    except (ValueError, RecursionError) as error:
+        message = f"the document of training job {job_id} is not JSON: it is damaged, write it again"
+        raise SourceError(message, code="job_document_invalid") from error
+    if not isinstance(document, dict):
+        message = f"the document of training job {job_id} is a {type(document).__name__}: expected a JSON object"
+        raise SourceError(message, code="job_document_invalid")
+    return document
 
 
 def _text(record: ExportRecord) -> str:
     return record.model_dump_json()
 
 
-def _record(export_id: str, text: str) -> ExportRecord:
+def _record(export_id: str, stored: bytes) -> ExportRecord:
     try:
-        return ExportRecord.model_validate_json(text)
-    except pydantic.ValidationError as error:
+        return ExportRecord.model_validate_json(stored)
+    except (pydantic.ValidationError, RecursionError) as error:
         message = f"the stored record of export {export_id} cannot be read; was it written by a newer version?"
         raise ExportError(message, code="record_invalid") from error
 
