@@ -1,8 +1,11 @@
 """The use cases, with no I/O of their own: submit, status, list, cancel."""
 
 import logging
+import secrets
 from collections.abc import Callable
 from datetime import UTC, datetime
+from enum import Enum, auto
+from typing import Any
 
 from dispatcher import lifecycle
 from dispatcher.artifacts import ArtifactStore, StoredFile
@@ -29,12 +32,22 @@ from dispatcher.errors import (
     Unavailable,
 )
 from dispatcher.lifecycle import Actor, transition
+from dispatcher.published import is_whole
 from dispatcher.records import RecordStore, update
 from dispatcher.runner import JobRunner
 from dispatcher.tokens import TokenStore
 from dispatcher.trigger import RACES, Trigger
 
 logger = logging.getLogger(__name__)
+
+
+class _Standing(Enum):
+    """What an earlier export is worth to a new request for it."""
+
+    CURRENT = auto()
+    STALE = auto()
+    DAMAGED = auto()
+    """Its manifest is there, but not all that the manifest lists."""
 
 
 class Service:
@@ -179,7 +192,8 @@ class Service:
     def _queued(self, request: ExportRequest, user: str, fingerprint: str, traceparent: str | None) -> ExportRecord:
         for _ in range(RACES):
             old, now = self._records.get_export(request.export_id), self._clock()
-            if old is not None and self._is_current(old, fingerprint):
+            standing = _Standing.STALE if old is None else self._standing(old, fingerprint)
+            if old is not None and standing is _Standing.CURRENT:
                 return old
             if old is not None and old.state in UNFINISHED:
                 back = self._trigger.reclaimed(old)
@@ -197,6 +211,9 @@ class Service:
                 )
                 won = self._records.create_export(new)
             else:
+                # Nothing published is overwritten, so what is damaged is made anew as a version of its own.
+                damaged = standing is _Standing.DAMAGED
+                anew: dict[str, Any] = {"force_nonce": secrets.token_hex(4)} if damaged else {}
                 new = transition(
                     old,
                     State.QUEUED,
@@ -205,18 +222,24 @@ class Service:
                     adapter_fingerprint=fingerprint,
                     user_id=user,
                     token_ref=ref or old.token_ref,
+                    **anew,
                 )
                 won = self._records.replace_export(old, new)
             if won:
                 return self._trigger.publish(new, traceparent)
         raise _contended(request.export_id)
 
-    def _is_current(self, record: ExportRecord, fingerprint: str) -> bool:
+    def _standing(self, record: ExportRecord, fingerprint: str) -> _Standing:
         """Whether a finished export still is what a request for it would make."""
-        if record.state is not State.COMPLETED or record.adapter_fingerprint != fingerprint:
-            return False
-        manifests = [artifact.manifest for artifact in record.artifacts]
-        return bool(manifests) and all(uri is not None and self._artifacts.exists(uri) for uri in manifests)
+        manifests = [artifact.manifest for artifact in record.artifacts if artifact.manifest is not None]
+        complete = bool(manifests) and len(manifests) == len(record.artifacts)
+        if record.state is not State.COMPLETED or record.adapter_fingerprint != fingerprint or not complete:
+            return _Standing.STALE
+        try:
+            whole = all(is_whole(self._artifacts, manifest) for manifest in manifests)
+        except NotFound:
+            return _Standing.STALE
+        return _Standing.CURRENT if whole else _Standing.DAMAGED
 
     def _refuse_too_many(self, user: str) -> None:
         unfinished = self._records.list_exports(user_id=user, states=UNFINISHED, limit=self._max_unfinished)

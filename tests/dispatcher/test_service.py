@@ -181,6 +181,51 @@ def test_a_stale_export_is_queued_anew(world: World, loss: str) -> None:
     assert len(world.queue.held) == 1
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("file gone", "file cut short", "file a link to elsewhere"),
+        *(b"{", b"[]", b"{}", b'{"files": 3}', b'{"files": [{"name": "../v1/model.safetensors", "bytes": 7}]}'),
+    ],
+)
+def test_a_damaged_export_is_made_anew_as_another_version(world: World, damage: str | bytes) -> None:
+    """Its manifest is there, so the same version could never be written again: a nonce makes another one."""
+    world.job()
+    world.launched()
+    world.claim()
+    done = world.complete()
+    directory = world.home / "artifacts" / "merged_models" / "job.merged" / "v1"
+    weights = directory / "model.safetensors"
+    if isinstance(damage, bytes):
+        (directory / "export.json").write_bytes(damage)
+    elif damage == "file cut short":
+        weights.write_bytes(b"weigh")
+    else:
+        weights.unlink()
+        if damage == "file a link to elsewhere":
+            (world.home / "elsewhere").write_bytes(b"weights")
+            weights.symlink_to(world.home / "elsewhere")
+    again = world.submit()
+    assert (again.state, again.artifacts) == (State.QUEUED, ())
+    assert again.force_nonce is not None
+    assert world.submit().force_nonce == again.force_nonce
+    world.queue.deliver_all(world.trigger)
+    world.claim()
+    anew = world.complete()
+    assert anew.path != done.path
+    assert world.submit() == anew
+
+
+def test_a_stale_export_needs_no_nonce(world: World) -> None:
+    """The changed adapter gives it a version of its own, and a collected one may be written again."""
+    world.job()
+    world.launched()
+    world.claim()
+    world.complete()
+    world.artifacts.delete_prefix("merged_models/job.merged")
+    assert world.submit().force_nonce is None
+
+
 def test_a_failed_or_cancelled_export_is_queued_anew(world: World) -> None:
     """Asking again is how its owner starts over."""
     world.job()

@@ -1,6 +1,7 @@
 """A dispatcher on real SQLite, directories and token files, with a queue and a runner that tests can steer."""
 
 import itertools
+import json
 import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -164,16 +165,20 @@ class World:
 
     def complete(self, export_id: str = "job.merged") -> ExportRecord:
         """What the exporter does last."""
-        writer = self.artifacts.create(f"merged_models/{export_id}/v1/export.json")
-        writer.write(b"{}")
-        writer.commit()
+        version = self.record(export_id).force_nonce or "v1"
+        directory = f"merged_models/{export_id}/{version}"
+        manifest = {"files": [{"name": "model.safetensors", "bytes": 7, "crc32c": "AAAAAA=="}]}
+        for name, content in (("model.safetensors", b"weights"), ("export.json", json.dumps(manifest).encode())):
+            writer = self.artifacts.create(f"{directory}/{name}")
+            writer.write(content)
+            writer.commit()
         artifact = Artifact(
             kind=ExportType.MERGED,
-            uri=self.artifacts.uri(f"merged_models/{export_id}/v1"),
-            version="v1",
-            bytes=2,
+            uri=self.artifacts.uri(directory),
+            version=version,
+            bytes=7,
             files=1,
-            manifest=self.artifacts.uri(f"merged_models/{export_id}/v1/export.json"),
+            manifest=self.artifacts.uri(f"{directory}/export.json"),
         )
 
         def change(record: ExportRecord) -> ExportRecord:
