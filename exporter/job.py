@@ -20,7 +20,6 @@ from dispatcher.contract import (
 from dispatcher.errors import (
     ExportError,
     IllegalTransition,
-    LeaseHeld,
     LeaseLost,
     NotAvailable,
     NotFound,
@@ -86,9 +85,14 @@ def run_job(order: Order, stores: Stores, stop: threading.Event) -> ExitCode:
     Raises:
         ExportError: The order itself cannot be followed: no such job, no such export.
     """
-    job = stores.records.get_job(order.job_id)
-    if job is None:
-        raise NotFound(f"there is no training job {order.job_id}.", code="job_not_found")
+    try:
+        job = stores.records.get_job(order.job_id)
+        if job is None:
+            raise NotFound(f"there is no training job {order.job_id}.", code="job_not_found")
+    except ExportError as error:
+        if order.export_id is None or error.retryable:
+            raise
+        return _refuse(order, order.export_id, error, stores)
     worst = ExitCode.DONE
     for record in _ordered(order, stores, job):
         worst = max(worst, _run_export(record, order, stores, job, stop))
@@ -171,24 +175,29 @@ def _requeued(record: ExportRecord, order: Order, stores: Stores) -> ExportRecor
     return update(stores.records, record.export_id, change)
 
 
+def _refuse(order: Order, export_id: str, error: ExportError, stores: Stores) -> ExitCode:
+    """Record why the trigger's export cannot even begin; unsaid, it would be launched again and again."""
+    try:
+        claimed = _claimed(order, export_id, stores)
+    except IllegalTransition as held:
+        log.info("left alone: %s", held.message)
+        return ExitCode.DONE
+    return _give_up(claimed, error, stores)
+
+
+def _claimed(order: Order, export_id: str, stores: Stores) -> Claim:
+    handed = order.lease_id if export_id == order.export_id else None
+    return claim(stores.records, export_id, execution=order.execution, handed=handed, seconds=stores.lease_seconds)
+
+
 def _run_export(
     record: ExportRecord, order: Order, stores: Stores, job: TrainingJob, stop: threading.Event
 ) -> ExitCode:
     if record.state is State.FAILED and record.execution == order.execution:
         log.error("this execution has failed before: %s", record.error.message if record.error else "")
         return ExitCode.FAILED
-    handed = order.lease_id if record.export_id == order.export_id else None
     try:
-        claimed = claim(
-            stores.records,
-            record.export_id,
-            execution=order.execution,
-            handed=handed,
-            seconds=stores.lease_seconds,
-        )
-    except LeaseHeld as error:
-        log.info("left alone: %s", error.message)
-        return ExitCode.DONE
+        claimed = _claimed(order, record.export_id, stores)
     except IllegalTransition as error:
         log.info("nothing to do: %s", error.message)
         return ExitCode.DONE

@@ -645,3 +645,14 @@ def test_what_cannot_be_run_is_refused_before_it_is_recorded(kind: ExportType, c
         place.run(export_type=kind)
     assert refused.value.error_code == code
     assert place.records.list_exports() == []
+
+
+def test_a_job_that_is_gone_is_said_in_the_triggers_record(place: Place) -> None:
+    """Else the trigger would launch it again and again."""
+    place.queue()
+    with closing(sqlite3.connect(place.root / "records.db")) as connection, connection:
+        connection.execute("DELETE FROM training_jobs")
+    assert place.run(export_id=EXPORT) is ExitCode.FAILED
+    error = place.record().error
+    assert error is not None
+    assert error.code == "job_not_found"
