@@ -1,7 +1,5 @@
 """Where artifacts lie: create-only files under a root, each with its size and crc32c."""
 
-import base64
-import ctypes
 import errno
 import fcntl
 import os
@@ -15,14 +13,14 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-import google_crc32c
-
 from dispatcher.contract import fingerprint_of
+from dispatcher.crc32c import Crc32c
 from dispatcher.errors import ArtifactConflict, Misconfigured, NotFound, SourceError, StorageFull, Unavailable
 
 SMALL_FILE_LIMIT = 16 << 20
 _BLOCK = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
@@ -108,31 +106,6 @@ class ArtifactStore(Protocol):
 
     def fingerprint(self, uri: str) -> str:
         """`contract.fingerprint_of` over the files under a URI or plain path."""
-
-
-class Crc32c:
-    """A running crc32c over any buffer; the C extension itself takes nothing but `bytes`."""
-
-    def __init__(self) -> None:
-        self._value = 0
-
-    def update(self, data: bytes | bytearray | memoryview) -> None:
-        if isinstance(data, bytes):
-            self._value = google_crc32c.extend(self._value, data)
-            return
-        view = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")
-        if not view.readonly:
-            # The extension refuses bytearray and memoryview, but takes a ctypes array over the same memory.
-            array = (ctypes.c_char * view.nbytes).from_buffer(view)
-            self._value = google_crc32c.extend(self._value, array)
-            return
-        for start in range(0, view.nbytes, _BLOCK):
-            self._value = google_crc32c.extend(self._value, bytes(view[start : start + _BLOCK]))
-
-    @property
-    def text(self) -> str:
-        """Base64 of the 4 big-endian bytes."""
-        return base64.b64encode(self._value.to_bytes(4, "big")).decode()
 
 
 def path_of(uri: str) -> Path:
@@ -277,6 +250,18 @@ def _walk(top: Path) -> Iterator[tuple[str, Path, int]]:
                     yield path.relative_to(top).as_posix(), path, facts.st_size
 
 
+def _reserve(descriptor: int, size: int) -> None:
+    """Take room for `size` bytes, where system (not macOS) and file system (not every network one) can."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        # A full disk shows at once; and writing into reserved blocks is three times as fast on ext4.
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in _CANNOT_RESERVE:
+            raise
+
+
 class _LocalWriter:
     """Writes a hidden temporary file beside its target; `commit` links it into place."""
 
@@ -291,8 +276,7 @@ class _LocalWriter:
             target.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             if reserve:
-                # A full disk shows at once; and writing into reserved blocks is three times as fast on ext4.
-                os.posix_fallocate(self._descriptor, 0, reserve)
+                _reserve(self._descriptor, reserve)
         except OSError as error:
             self.discard()
             raise self._translated(error) from error

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dispatcher.artifacts import ArtifactStore, Crc32c, LocalArtifacts, StoredFile, open_artifacts, path_of
+from dispatcher.artifacts import ArtifactStore, LocalArtifacts, StoredFile, open_artifacts, path_of
 from dispatcher.contract import fingerprint_of
+from dispatcher.crc32c import Crc32c
 from dispatcher.errors import ArtifactConflict, Misconfigured, NotFound, SourceError, StorageFull, Unavailable
 
 
@@ -271,6 +272,44 @@ def test_a_url_selects_the_store() -> None:
         open_artifacts("s3://bucket")
 
 
+needs_reservation = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system reserves no room")
+
+
+@pytest.mark.parametrize("code", [None, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_where_no_room_can_be_reserved_the_file_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    """macOS has no such call, some file systems refuse it."""
+
+    def refused(*_: object) -> None:
+        assert code is not None
+        raise OSError(code, os.strerror(code))
+
+    if code is None:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", refused, raising=False)
+    writer = LocalArtifacts(tmp_path).create("x/file", size=1 << 20)
+    writer.write(b"whole")
+    assert writer.commit().size == 5
+    assert (tmp_path / "x" / "file").read_bytes() == b"whole"
+
+
+def test_a_disk_too_full_for_the_reservation_is_said_before_a_byte_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That refusal is not ignored with the others."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(StorageFull):
+        LocalArtifacts(tmp_path).create("x/file", size=1 << 20)
+    assert on_disk(tmp_path) == []
+
+
+@needs_reservation
 def test_room_for_a_file_of_known_size_is_taken_at_once(tmp_path: Path) -> None:
     """Before a byte is written; what was reserved too much is given back."""
     writer = LocalArtifacts(tmp_path).create("a/b", size=1 << 20)
