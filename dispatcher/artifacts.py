@@ -80,7 +80,8 @@ class ArtifactStore(Protocol):
         Without `checksums` no file is read for its crc32c.
 
         Raises:
-            SourceError: A symbolic link leads out of it.
+            SourceError: A symbolic link leads out of it (`link_refused`), or a name is not UTF-8
+                (`file_name_invalid`).
         """
 
     def read(self, uri: str, *, limit: int = SMALL_FILE_LIMIT) -> bytes:
@@ -229,12 +230,25 @@ class LocalArtifacts:
         return self._root / PurePosixPath(path)
 
 
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _walk(top: Path) -> Iterator[tuple[str, Path, int]]:
     """Name, path and size of every regular file under `top`, unpublished ones left out."""
     real_top = top.resolve()
     for directory, folders, files in os.walk(top):
         for name in [*folders, *files]:
             path = Path(directory) / name
+            if not _is_utf8(name):
+                # Neither a record, a manifest nor an answer could hold that name.
+                raise SourceError(
+                    f"the file name {os.fsencode(path)!r} is not UTF-8: rename the file", code="file_name_invalid"
+                )
             if path.is_symlink() and (name in folders or real_top not in path.resolve().parents):
                 raise SourceError(
                     f"{path} is a symbolic link to {path.resolve()}: copy the files instead (cp -rL)",

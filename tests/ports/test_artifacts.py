@@ -4,6 +4,7 @@ import array
 import base64
 import errno
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -229,6 +230,26 @@ class TestLocal:
                 store.list(str(adapter))
             assert error.value.error_code == "link_refused"
             link.unlink()
+
+    @pytest.mark.skipif(sys.platform == "darwin", reason="macOS refuses such names itself")
+    @pytest.mark.parametrize("kind", ["file", "folder", "link"])
+    def test_a_name_that_is_not_utf8_is_refused(self, tmp_path: Path, kind: str) -> None:
+        """In words that can be logged and answered, which the name itself cannot."""
+        name = os.fsencode(tmp_path) + b"/adapter/caf\xe9"
+        (tmp_path / "adapter").mkdir()
+        if kind == "file":
+            Path(os.fsdecode(name)).write_text("1")
+        elif kind == "folder":
+            Path(os.fsdecode(name)).mkdir()
+            (Path(os.fsdecode(name)) / "file").write_text("1")
+        else:
+            os.symlink(b"/etc/passwd", name)
+        store = LocalArtifacts(tmp_path / "store")
+        for checksums in (True, False):
+            with pytest.raises(SourceError) as error:
+                store.list(str(tmp_path / "adapter"), checksums=checksums)
+            assert error.value.error_code == "file_name_invalid"
+            assert r"caf\xe9" in error.value.message.encode().decode()
 
     def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
         """Only regular files are listed."""
