@@ -1,5 +1,7 @@
 """Whether what was published is still there, told by names and sizes alone: no weights are read."""
 
+from collections.abc import Mapping
+
 import pydantic
 
 from dispatcher.artifacts import ArtifactStore
@@ -26,7 +28,12 @@ def is_whole(artifacts: ArtifactStore, manifest: str) -> bool:
     try:
         # The listed names are only compared, never opened: one that leads elsewhere is simply not there.
         wanted = _Manifest.model_validate_json(artifacts.read(manifest)).files
-        there = {file.name: file.size for file in artifacts.list(manifest.rpartition("/")[0], checksums=False)}
+        return are_there(artifacts, manifest.rpartition("/")[0], {file.name: file.bytes for file in wanted})
     except (pydantic.ValidationError, SourceError):
         return False
-    return all(there.get(file.name) == file.bytes for file in wanted)
+
+
+def are_there(artifacts: ArtifactStore, directory: str, sizes: Mapping[str, int]) -> bool:
+    """Whether every one of these files lies under a directory's URI with its size in bytes."""
+    there = {file.name: file.size for file in artifacts.list(directory, checksums=False)}
+    return all(there.get(name) == size for name, size in sizes.items())

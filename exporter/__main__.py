@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         logs.configure(sys.stderr, fields)
         if not is_job_id(args.job_id):
-            raise InvalidRequest(f"{args.job_id[:80]!r} is not a job id.", code="invalid_job_id")
+            raise InvalidRequest(f"{args.job_id[:80]!r} is not a job id.", code="job_id_invalid")
         if args.quantization and args.export_type != ExportType.GGUF:
             raise InvalidRequest("--quantization goes with --export-type gguf.", code="invalid_request")
         # After the cheap checks: it brings in torch.

@@ -5,7 +5,6 @@ Formats: `adapter_config.json` is a serialised `peft.LoraConfig`, `adapter_model
 Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 
 from dispatcher.errors import AdapterMismatch, SourceError, Unsupported
 from exporter.checkpoint import Tensor, TensorFile, read_tensor_file
+from exporter.documents import read_json_object
 from exporter.lora import scaling
 from exporter.tensors import TORCH_DTYPE, read_tensor
 
@@ -95,14 +95,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SourceError(f"{directory} has no {CONFIG_NAME}: it is not a PEFT adapter.", code="adapter_config_missing")
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        return read_json_object(path, limit=MAX_CONFIG_BYTES)
+    except ValueError as error:
         raise _invalid_config(str(error)[:200]) from error
-    if not isinstance(config, dict):
-        raise _invalid_config(f"it holds a {type(config).__name__}, an object was expected")
-    return config
 
 
 def _invalid_config(what: str) -> SourceError:

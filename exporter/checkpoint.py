@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dispatcher.errors import SourceError, Unavailable
+from exporter.documents import read_json_object
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
@@ -222,13 +223,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 def _open_sharded(directory: Path) -> Checkpoint:
     index_path = directory / INDEX_NAME
-    if index_path.stat().st_size > MAX_INDEX_BYTES:
-        raise _bad_index(f"it is larger than {MAX_INDEX_BYTES} bytes")
-    raw = index_path.read_bytes()
     try:
-        weight_map = json.loads(raw)["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _bad_index("it is no JSON object with a weight_map") from error
+        weight_map = read_json_object(index_path, limit=MAX_INDEX_BYTES).get("weight_map")
+    except ValueError as error:
+        raise _bad_index(str(error)[:200]) from error
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         raise _bad_index("weight_map must map tensor names to file names")
     files = []
@@ -244,7 +242,7 @@ def _open_sharded(directory: Path) -> Checkpoint:
     astray = sorted(name for name, file in weight_map.items() if found.get(name) != file)
     if astray:
         raise _bad_index(f"{len(astray)} tensors are not in the file it names, first {astray[0][:200]!r}")
-    return Checkpoint(tuple(files), raw)
+    return Checkpoint(tuple(files), index_path.read_bytes())
 
 
 def _bad_index(what: str) -> SourceError:

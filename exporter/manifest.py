@@ -12,6 +12,7 @@ from typing import Any
 
 from dispatcher.artifacts import ArtifactStore, StoredFile
 from dispatcher.errors import ArtifactConflict, VerificationFailed
+from dispatcher.published import are_there
 
 MANIFEST_NAME = "export.json"
 FORMAT_VERSION = 1
@@ -113,5 +114,4 @@ def read_manifest(store: ArtifactStore, directory: str) -> dict[str, Any]:
 
 def still_holds(store: ArtifactStore, directory: str, manifest: dict[str, Any]) -> bool:
     """Whether every file that a manifest lists lies there with its size."""
-    there = {file.name: file.size for file in store.list(store.uri(directory), checksums=False)}
-    return all(there.get(file["name"]) == file["bytes"] for file in manifest.get("files", []))
+    return are_there(store, store.uri(directory), {file["name"]: file["bytes"] for file in manifest.get("files", [])})

@@ -4,7 +4,6 @@ Either way the rest of the exporter sees a local directory and an identity that 
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from dispatcher.artifacts import path_of
 from dispatcher.errors import SourceError, Unavailable
+from exporter.documents import read_json_object
 
 MAX_CONFIG_BYTES = 10_000_000
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja")
@@ -82,16 +82,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SourceError(f"{directory} has no config.json: it holds no model.", code="base_missing")
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        return read_json_object(path, limit=MAX_CONFIG_BYTES)
+    except ValueError as error:
         raise SourceError(
             f"the base's config.json cannot be read: {str(error)[:200]}.", code="base_config_invalid"
         ) from error
-    if not isinstance(config, dict):
-        raise SourceError("the base's config.json is not a JSON object.", code="base_config_invalid")
-    return config
 
 
 def _from_hub(model_id: str, revision: str | None, token: str | None) -> Base:

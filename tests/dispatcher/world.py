@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from dispatcher import lifecycle
-from dispatcher.artifacts import LocalArtifacts
 from dispatcher.contract import (
     Artifact,
     ExportRecord,
@@ -22,6 +21,7 @@ from dispatcher.contract import (
 )
 from dispatcher.errors import Unavailable
 from dispatcher.lifecycle import Actor
+from dispatcher.local_artifacts import LocalArtifacts
 from dispatcher.records import SqliteRecords, update
 from dispatcher.runner import Execution
 from dispatcher.service import Service

@@ -3,8 +3,9 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dispatcher.artifacts import LocalArtifacts, path_of
+from dispatcher.artifacts import path_of
 from dispatcher.contract import ExportRecord, ExportType, State, TrainingJob
+from dispatcher.local_artifacts import LocalArtifacts
 from exporter.merged import Result, export_merged
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

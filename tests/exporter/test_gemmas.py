@@ -26,13 +26,23 @@ from tests.gemmas import (
 )
 
 
-@pytest.mark.parametrize(("family", "layout"), CASES)
+REPRESENTATIVES = {"gemma3_text", "gemma3", "gemma3n", "gemma4"}
+QUICK_FAMILIES = [
+    pytest.param(family, marks=[] if family in REPRESENTATIVES else [pytest.mark.full]) for family in FAMILIES
+]
+QUICK_CASES = [
+    pytest.param(family, layout, marks=[] if family in REPRESENTATIVES else [pytest.mark.full])
+    for family, layout in CASES
+]
+
+
+@pytest.mark.parametrize(("family", "layout"), QUICK_CASES)
 def test_a_base_loads_as_the_model_it_was_written_from(family: str, layout: Layout, tmp_path: Path) -> None:
     model = save_base(family, tmp_path, layout=layout, with_tokenizer=False)
     assert_same_tensors(model_tensors(load_model(tmp_path)), model_tensors(model))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QUICK_FAMILIES)
 def test_no_two_tensors_of_a_model_are_alike(family: str) -> None:
     tied = set(build_model(family).all_tied_weights_keys)
     tensors = [
@@ -43,7 +53,7 @@ def test_no_two_tensors_of_a_model_are_alike(family: str) -> None:
     assert len({tuple(tensor.flatten().tolist()) for tensor in tensors}) == len(tensors)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QUICK_FAMILIES)
 def test_the_layouts_of_a_family_differ_in_names_only(family: str, tmp_path: Path) -> None:
     contents = []
     for layout in FAMILIES[family].layouts:
@@ -57,7 +67,7 @@ def _checksum(tensor: torch.Tensor) -> float:
     return float(tensor.double().nan_to_num().sum())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QUICK_FAMILIES)
 def test_an_adapter_changes_what_the_model_says(family: str, tmp_path: Path) -> None:
     model = save_base(family, tmp_path / "base", dtype=torch.float32, with_tokenizer=False)
     make_adapter(family, model, tmp_path / "adapter")

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dispatcher.artifacts import ArtifactWriter, LocalArtifacts, path_of
+from dispatcher.artifacts import ArtifactWriter, path_of
 from dispatcher.contract import ExportRecord, ExportType, Lease, State
 from dispatcher.errors import ArtifactConflict, NotAvailable, NotFound, StorageFull, TokenExpired, Unavailable
 from dispatcher.lifecycle import Actor, noted, transition
+from dispatcher.local_artifacts import LocalArtifacts
 from dispatcher.records import SqliteRecords, update
 from dispatcher.tokens import FileTokens
 from exporter.job import ExitCode, Order, Stores, run_job

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dispatcher.artifacts import ArtifactStore, LocalArtifacts, StoredFile, open_artifacts, path_of
+from dispatcher.artifacts import ArtifactStore, StoredFile, open_artifacts, path_of
 from dispatcher.contract import fingerprint_of
 from dispatcher.crc32c import Crc32c
 from dispatcher.errors import ArtifactConflict, Misconfigured, NotFound, SourceError, StorageFull, Unavailable
+from dispatcher.local_artifacts import LocalArtifacts
 
 
 def put(store: ArtifactStore, path: str, data: bytes) -> StoredFile:
