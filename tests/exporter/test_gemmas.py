@@ -25,7 +25,6 @@ from tests.gemmas import (
     text_logits,
 )
 
-
 REPRESENTATIVES = {"gemma3_text", "gemma3", "gemma3n", "gemma4"}
 QUICK_FAMILIES = [
     pytest.param(family, marks=[] if family in REPRESENTATIVES else [pytest.mark.full]) for family in FAMILIES
