@@ -85,10 +85,6 @@ class Checkpoint:
         """Every tensor by name, with the file that holds it."""
         return {tensor.name: (file, tensor) for file in self.files for tensor in file.tensors}
 
-    @property
-    def nbytes(self) -> int:
-        return sum(file.size for file in self.files)
-
 
 def stamp_of(descriptor: int) -> tuple[int, ...]:
     """What tells one file, as it is now, from any other: device, inode, size, time of change in ns."""

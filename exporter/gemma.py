@@ -11,15 +11,13 @@ from typing import Any
 
 from dispatcher.errors import SourceError
 
-CONVERSION_SOURCE = "https://github.com/huggingface/transformers/blob/main/src/transformers/conversion_mapping.py"
-
 
 @dataclass(frozen=True)
 class Family:
     """What is particular to one `model_type` of config.json."""
 
-    text_only: bool
-    renames: tuple[tuple[str, str], ...] = ()
+    renames: tuple[tuple[str, str], ...]
+    """Regular expressions and replacements, applied in order, from any layout's names to the canonical ones"""
 
 
 _LEADING_MODEL = (r"^(?:model\.)+", "")
@@ -40,21 +38,21 @@ _UNIFIED = (
 )
 
 FAMILIES: dict[str, Family] = {
-    "gemma": Family(True, _PLAIN),
-    "gemma2": Family(True, _PLAIN),
-    "gemma3_text": Family(True, _PLAIN),
-    "gemma3": Family(False, _LLAVA),
-    "gemma3n_text": Family(True, _FROM_MULTIMODAL),
-    "gemma3n": Family(False, _PLAIN),
-    "gemma4_text": Family(True, _PLAIN),
-    "gemma4": Family(False, _PLAIN),
-    "gemma4_unified_text": Family(True, _PLAIN),
-    "gemma4_unified": Family(False, _UNIFIED),
-    "shieldgemma2": Family(False, _LLAVA),
-    "paligemma": Family(False, _LLAVA),
+    "gemma": Family(_PLAIN),
+    "gemma2": Family(_PLAIN),
+    "gemma3_text": Family(_PLAIN),
+    "gemma3": Family(_LLAVA),
+    "gemma3n_text": Family(_FROM_MULTIMODAL),
+    "gemma3n": Family(_PLAIN),
+    "gemma4_text": Family(_PLAIN),
+    "gemma4": Family(_PLAIN),
+    "gemma4_unified_text": Family(_PLAIN),
+    "gemma4_unified": Family(_UNIFIED),
+    "shieldgemma2": Family(_LLAVA),
+    "paligemma": Family(_LLAVA),
 }
-"""Renames are regular expressions, applied in order; `CONVERSION_SOURCE` is where they come from, and a test
-compares them with the installed library's own."""
+"""A test compares the renames with the installed library's own. Source:
+https://github.com/huggingface/transformers/blob/main/src/transformers/conversion_mapping.py"""
 
 SIDE_FILES = (
     "tokenizer.json",
