@@ -336,9 +336,11 @@ class _Interfering(LocalArtifacts):
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
+        self.directory = ""
         self.interfere: Callable[[], object] = lambda: None
 
     def create(self, path: str, *, size: int | None = None) -> ArtifactWriter:
+        self.directory = path.rpartition("/")[0]
         self.interfere()
         return super().create(path, size=size)
 
@@ -403,20 +405,20 @@ def test_a_half_written_version_of_a_live_successor_is_left_alone(place: Place) 
     """As before, but the successor is still at work: it holds the lease, and there is no manifest yet."""
     place.queue()
     store = _Interfering(place.root / "artifacts")
-    kept = "merged_models/job-1/successor/model.safetensors"
 
     def sleep() -> None:
         update(place.records, EXPORT, _expired)
         _leased(place, "successor", 60)
-        (place.root / "artifacts" / kept).parent.mkdir(parents=True)
-        (place.root / "artifacts" / kept).write_bytes(b"theirs")
+        version = place.root / "artifacts" / store.directory
+        version.mkdir(parents=True, exist_ok=True)
+        (version / "model.safetensors").write_bytes(b"theirs")
         raise Unavailable("the disk stalled")
 
     store.interfere = sleep
     place.stores = replace(place.stores, artifacts=store)
     assert place.run() is ExitCode.DONE
     assert place.record().state is State.RUNNING
-    assert place.files() == [kept]
+    assert place.files() == [f"{store.directory}/model.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["base/model.safetensors", "adapter/adapter_model.safetensors", "base/config.json"])
