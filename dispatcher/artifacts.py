@@ -1,5 +1,6 @@
 """Where artifacts lie: create-only files under a root, each with its size and crc32c."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -111,6 +112,23 @@ def path_of(uri: str) -> Path:
     if not text or "\0" in text:
         raise SourceError(f"{uri!r} names no file: expected a file:// URI or a path", code="uri_unsupported")
     return Path(text).absolute()
+
+
+def publish(
+    store: ArtifactStore, path: str, fill: Callable[[ArtifactWriter], object], *, size: int | None = None
+) -> StoredFile:
+    """Create a file, let `fill` write its content, and publish it; when anything raises, nothing stays.
+
+    Raises:
+        ArtifactConflict, StorageFull: As the writer's `commit` and `write`.
+    """
+    writer = store.create(path, size=size)
+    try:
+        fill(writer)
+        return writer.commit()
+    except BaseException:
+        writer.discard()
+        raise
 
 
 def open_artifacts(url: str) -> ArtifactStore:

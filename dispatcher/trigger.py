@@ -38,7 +38,7 @@ class Trigger:
         queue: JobQueue,
         runner: JobRunner,
         lease_seconds: int = 120,
-        max_attempts: int = 5,
+        max_attempts: int,
         launch_grace_seconds: int = 0,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:

@@ -7,26 +7,25 @@ from enum import IntEnum
 
 from dispatcher.artifacts import ArtifactStore
 from dispatcher.contract import (
-    DEFAULT_QUANTIZATION,
     RESULT_FIELD,
     UNFINISHED,
     ExportRecord,
+    ExportRequest,
     ExportType,
     Failure,
     State,
     TrainingJob,
-    export_id_of,
 )
 from dispatcher.errors import (
     ExportError,
     IllegalTransition,
+    JobNotCompleted,
     LeaseLost,
     NotAvailable,
     NotFound,
-    SourceError,
     Unavailable,
 )
-from dispatcher.lifecycle import Actor, completed, failed, noted, transition
+from dispatcher.lifecycle import Actor, completed, failed, noted, requested, transition
 from dispatcher.logs import clean
 from dispatcher.records import RecordStore, update
 from dispatcher.tokens import TokenStore
@@ -103,9 +102,9 @@ def run_job(order: Order, stores: Stores, stop: threading.Event) -> ExitCode:
 
 def _ordered(order: Order, stores: Stores, job: TrainingJob) -> list[ExportRecord]:
     """The exports to do, first the one that was asked for."""
-    by_id = {record.export_id: record for record in stores.records.list_exports(job_id=job.job_id)}
     if order.export_type is not None:
-        return [_wished(order, stores, job)]
+        return [_wished(order, order.export_type, stores, job)]
+    by_id = {record.export_id: record for record in stores.records.list_exports(job_id=job.job_id)}
     if order.export_id is not None:
         if order.export_id not in by_id:
             raise NotFound(f"there is no export {order.export_id}.", code="export_not_found")
@@ -118,34 +117,22 @@ def _ordered(order: Order, stores: Stores, job: TrainingJob) -> list[ExportRecor
     return [_requeued(record, order, stores) for record in records]
 
 
-def _wished(order: Order, stores: Stores, job: TrainingJob) -> ExportRecord:
+def _wished(order: Order, kind: ExportType, stores: Stores, job: TrainingJob) -> ExportRecord:
     """The export of a type that an operator asks for, recorded now if nobody had requested it."""
-    if order.export_type is ExportType.ADAPTER:
+    if kind is ExportType.ADAPTER:
         raise NotAvailable(
             "an adapter is exported by POST /export alone: there is nothing to run.", code="nothing_to_run"
         )
-    kind = order.export_type or ExportType.MERGED
     _refuse_unavailable(kind)
     if job.status != State.COMPLETED:
-        raise SourceError(f"training job {job.job_id} is {job.status!r}, not completed.", code="job_not_completed")
-    now = utc_now()
-    quantization = (order.quantization or DEFAULT_QUANTIZATION) if kind is ExportType.GGUF else None
-    record = ExportRecord(
-        export_id=export_id_of(job.job_id, kind, quantization),
-        job_id=job.job_id,
-        user_id=job.user_id,
-        export_type=kind,
-        quantization=quantization,
-        state=State.QUEUED,
-        adapter_fingerprint=stores.artifacts.fingerprint(job.adapter_path or ""),
-        force_nonce=order.force_nonce,
-        created_at=now,
-        updated_at=now,
+        raise JobNotCompleted(f"training job {job.job_id} is {job.status!r}, not completed.")
+    request = ExportRequest.model_validate(
+        {"job_id": job.job_id, "export_type": kind, "quantization": order.quantization}
     )
-    if stores.records.create_export(record):
-        return record
-    found = stores.records.get_export(record.export_id)
-    return _requeued(found or record, order, stores)
+    fingerprint = stores.artifacts.fingerprint(job.adapter_path) if job.adapter_path else ""
+    record = requested(request, user_id=job.user_id, adapter_fingerprint=fingerprint, token_ref=None, now=utc_now())
+    stores.records.create_export(record)
+    return _requeued(record, order, stores)
 
 
 def _refuse_unavailable(kind: ExportType) -> None:

@@ -112,10 +112,6 @@ class Heartbeat:
             Unavailable: No heartbeat gets through (`heartbeat_failed`).
         """
         self._stage, self._progress = stage, progress
-        self.check()
-
-    def check(self) -> None:
-        """As `report`, with nothing new to say."""
         if self._error is not None:
             raise self._error
         if self._stop.is_set():

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from dispatcher.artifacts import ArtifactStore, StoredFile
+from dispatcher.artifacts import ArtifactStore, StoredFile, publish
 from dispatcher.errors import ArtifactConflict, VerificationFailed
 from dispatcher.published import are_there
 
@@ -79,10 +79,9 @@ def publish_manifest(store: ArtifactStore, directory: str, manifest: dict[str, A
         ArtifactConflict: `manifest_conflict`: one is there, and it describes other bytes.
     """
     path = f"{directory}/{MANIFEST_NAME}"
-    writer = store.create(path)
+    content = json.dumps({**manifest, "run": run}, indent=2).encode() + b"\n"
     try:
-        writer.write(json.dumps({**manifest, "run": run}, indent=2).encode() + b"\n")
-        writer.commit()
+        publish(store, path, lambda writer: writer.write(content))
     except ArtifactConflict as error:
         if read_manifest(store, directory) != manifest:
             raise ArtifactConflict(
@@ -90,9 +89,6 @@ def publish_manifest(store: ArtifactStore, directory: str, manifest: dict[str, A
                 "export again with --force to make a new version.",
                 code="manifest_conflict",
             ) from error
-    except BaseException:
-        writer.discard()
-        raise
 
 
 def read_manifest(store: ArtifactStore, directory: str) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from dispatcher.artifacts import ArtifactStore, StoredFile, path_of
+from dispatcher.artifacts import ArtifactStore, ArtifactWriter, StoredFile, path_of, publish
 from dispatcher.contract import Artifact, ExportRecord, ExportType, TrainingJob
-from dispatcher.errors import NotAvailable, Unavailable, VerificationFailed
+from dispatcher.errors import NotAvailable, SourceError, Unavailable, VerificationFailed
 from exporter import engines, merge
 from exporter.adapter import Adapter, read_adapter, refuse_not_finite
 from exporter.checkpoint import changed, open_checkpoint
@@ -26,8 +26,8 @@ from exporter.manifest import (
     read_manifest,
     still_holds,
 )
-from exporter.plan import Plan, plan_merge
-from exporter.sidefiles import write_side_files
+from exporter.plan import OutputFile, Plan, plan_merge
+from exporter.sidefiles import publish_copy, write_side_files
 from exporter.sources import Base, TokenSource, is_current, open_base
 from exporter.verify import verify_merged, verify_reference
 
@@ -78,7 +78,9 @@ def export_merged(
     started = time.monotonic()
     report = hold.report
     report("planning", 0.0)
-    adapter_uri = job.adapter_path or ""
+    if job.adapter_path is None:
+        raise SourceError(f"training job {job.job_id} names no adapter.", code="adapter_missing")
+    adapter_uri = job.adapter_path
     adapter_dir = path_of(adapter_uri)
     write, engine_name, engine_version = _engine(engine)
     base = open_base(job.base_model_id, job.base_model_revision, token)
@@ -158,7 +160,7 @@ def _stream(store: ArtifactStore, directory: str, base: Base, adapter_dir: Path,
     verified = verify_merged(store, directory, plan, adapter)
     tensors: dict[str, Any] = {"merged": plan.merged, "copied": plan.copied, "bytes": plan.nbytes}
     if plan.tower:
-        tensors["mapped_to_tower"] = plan.tower.strip(".-")
+        tensors["mapped_to_tower"] = plan.tower
     return _Written(files, tensors, verified)
 
 
@@ -174,13 +176,11 @@ def _write_shards(
         report("merging", _WRITE_FROM + (_WRITE_TO - _WRITE_FROM) * done / max(1, plan.nbytes))
 
     for planned in plan.files:
-        writer = store.create(f"{directory}/{planned.name}", size=planned.size)
-        try:
+
+        def fill(writer: ArtifactWriter, planned: OutputFile = planned) -> None:
             merge.write_merged(planned, adapter, writer, on_bytes)
-            stored.append(writer.commit())
-        except BaseException:
-            writer.discard()
-            raise
+
+        stored.append(publish(store, f"{directory}/{planned.name}", fill, size=planned.size))
     return stored
 
 
@@ -191,28 +191,14 @@ def _with_peft(store: ArtifactStore, directory: str, base: Base, adapter_dir: Pa
         merged, copied = engines.merge_with_peft(base, adapter_dir, output)
         side = write_side_files(store, directory, base.directory, adapter_dir, None)
         taken = {file.name for file in side}
-        files = [
-            _upload(store, f"{directory}/{path.name}", path, report)
-            for path in sorted(output.iterdir())
-            if path.is_file() and path.name not in taken
-        ]
+        files = []
+        for path in sorted(output.iterdir()):
+            if path.is_file() and path.name not in taken:
+                report("publishing", _WRITE_TO)
+                files.append(publish_copy(store, f"{directory}/{path.name}", path))
     report("verifying", _WRITE_TO)
     verified = verify_reference(path_of(store.uri(directory)), open_checkpoint(base.directory), family_of(base.config))
     return _Written(side + files, {"merged": merged, "copied": copied}, verified)
-
-
-def _upload(store: ArtifactStore, path: str, source: Path, report: Report) -> StoredFile:
-    report("publishing", _WRITE_TO)
-    writer = store.create(path, size=source.stat().st_size)
-    block = bytearray(merge.BLOCK_BYTES)
-    try:
-        with source.open("rb", buffering=0) as file:
-            while count := file.readinto(block):
-                writer.write(memoryview(block)[:count])
-        return writer.commit()
-    except BaseException:
-        writer.discard()
-        raise
 
 
 def _remove_abandoned(store: ArtifactStore, job_id: str) -> None:

@@ -15,7 +15,8 @@ from exporter.gemma import Family, canonical_name
 from exporter.tensors import TORCH_DTYPE
 
 FOLDABLE = frozenset(TORCH_DTYPE) - {"F64"}
-TEXT_TOWER = "language_model."
+TEXT_TOWERS = ("language_model.", "language_model.model.")
+"""How the multimodal classes call their text tower, today and before transformers 4.52."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Plan:
 
     files: tuple[OutputFile, ...]
     index: bytes | None
-    tower: str
-    """The tower that a text-only adapter was mapped to; empty when the names matched as they are."""
+    tower: str | None
+    """The tower that a text-only adapter was mapped to, or taken out of; None when the names matched as they are."""
 
     @property
     def merged(self) -> int:
@@ -72,7 +73,7 @@ def plan_merge(base: Checkpoint, adapter: Adapter, family: Family, config: Mappi
     """
     names = _by_canonical_name(base, family)
     tensors = {name: tensor for name, (_, tensor) in base.tensors().items()}
-    tower, targets = _resolve(adapter, family, names, tensors, tied=is_tied(config))
+    move, targets = _resolve(adapter, family, names, tensors, tied=is_tied(config))
     merges: dict[str, LoraPair] = {}
     for pair, target in targets:
         if target in merges:
@@ -90,7 +91,7 @@ def plan_merge(base: Checkpoint, adapter: Adapter, family: Family, config: Mappi
         )
         for file in base.files
     )
-    return Plan(files, base.index, tower)
+    return Plan(files, base.index, move.tower if move else None)
 
 
 def _by_canonical_name(base: Checkpoint, family: Family) -> dict[str, list[str]]:
@@ -108,9 +109,24 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     return bool(config.get("tie_word_embeddings", nested))
 
 
+@dataclass(frozen=True, order=True)
+class _Move:
+    """How a module's name in the adapter becomes its name in the base: `take` off the front, `put` before the rest."""
+
+    take: str
+    put: str
+
+    @property
+    def tower(self) -> str:
+        return (self.put or self.take).split(".")[0]
+
+    def __call__(self, name: str) -> str:
+        return self.put + name.removeprefix(self.take)
+
+
 def _resolve(
     adapter: Adapter, family: Family, names: dict[str, list[str]], tensors: dict[str, Tensor], *, tied: bool
-) -> tuple[str, list[tuple[LoraPair, str]]]:
+) -> tuple[_Move | None, list[tuple[LoraPair, str]]]:
     wanted = [(pair, canonical_name(f"{pair.module}.weight", family)) for pair in adapter.pairs]
     for pair, name in wanted:
         if name == "lm_head.weight" and tied:
@@ -119,26 +135,26 @@ def _resolve(
                 code="unsupported_tied_lm_head",
             )
     astray = [(pair, name) for pair, name in wanted if name not in names]
-    tower = _tower_of(astray, names, tensors, found=[name for _, name in wanted if name in names]) if astray else ""
+    move = _move_of(astray, names, tensors, found=[name for _, name in wanted if name in names]) if astray else None
     targets = []
     for pair, name in wanted:
-        mapped = name if name in names else _moved(name, tower)
+        mapped = name if name in names or move is None else move(name)
         if len(names[mapped]) > 1:
             raise AdapterMismatch(
                 f"module {pair.module!r} fits more than one tensor of the base: {', '.join(names[mapped][:4])}.",
                 code="adapter_ambiguous",
             )
         targets.append((pair, names[mapped][0]))
-    return tower, targets
+    return move, targets
 
 
-def _tower_of(
+def _move_of(
     astray: list[tuple[LoraPair, str]],
     names: dict[str, list[str]],
     tensors: dict[str, Tensor],
     found: list[str],
-) -> str:
-    """The one tower under which all of `astray` fit by name and shape.
+) -> _Move:
+    """The one move into or out of a tower after which all of `astray` fit by name and shape.
 
     An adapter trained on the text-only class names its modules without the multimodal model's tower (and the other
     way round); PEFT applies nothing then, and says nothing.
@@ -146,20 +162,17 @@ def _tower_of(
     first = astray[0][1]
     # A tower is a root: anything deeper (`vision_tower.encoder.`) fits by chance of its inner names alone.
     ends = [name.removesuffix(first) for name in names if name.endswith(f".{first}")]
-    towers = {tower for tower in ends if tower.count(".") == 1}
-    if first.startswith(TEXT_TOWER):
-        towers.add(f"-{TEXT_TOWER}")
+    moves = {_Move("", end) for end in ends if end.count(".") == 1}
+    moves |= {_Move(tower, "") for tower in TEXT_TOWERS if first.startswith(tower)}
     fitting = sorted(
-        tower
-        for tower in towers
-        if all(
-            _moved(name, tower) in names and _fits(pair, tensors[names[_moved(name, tower)][0]])
-            for pair, name in astray
-        )
+        move
+        for move in moves
+        if all(move(name) in names and _fits(pair, tensors[names[move(name)][0]]) for pair, name in astray)
     )
     if len(fitting) > 1:
         raise AdapterMismatch(
-            f"module {astray[0][0].module!r} fits more than one tower of the base: {', '.join(fitting)}.",
+            f"module {astray[0][0].module!r} fits more than one tower of the base: "
+            f"{', '.join(move.tower for move in fitting)}.",
             code="adapter_ambiguous",
         )
     if not fitting or any(name != "lm_head.weight" for name in found):
@@ -169,12 +182,6 @@ def _tower_of(
             code="adapter_unmatched",
         )
     return fitting[0]
-
-
-def _moved(name: str, tower: str) -> str:
-    if tower.startswith("-"):
-        return name.removeprefix(tower[1:]).removeprefix("model.")
-    return tower + name
 
 
 def _fits(pair: LoraPair, tensor: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from dispatcher.artifacts import ArtifactStore, StoredFile
+from dispatcher.artifacts import ArtifactStore, ArtifactWriter, StoredFile, publish
 from dispatcher.errors import SourceError
 from exporter.checkpoint import INDEX_NAME
 from exporter.gemma import SIDE_FILES, TOKENIZER_FILES, TOKENIZER_GROUP
@@ -11,6 +11,7 @@ from exporter.plan import Plan
 
 MAX_SIDE_FILE_BYTES = 200_000_000
 TEMPLATE_FOLDER = "additional_chat_templates"
+BLOCK_BYTES = 1024 * 1024
 
 
 def side_files(base: Path, adapter: Path) -> dict[str, Path]:
@@ -52,23 +53,25 @@ def write_side_files(
     """
     stored = []
     if plan is not None:
-        stored.append(write_file(store, f"{directory}/config.json", (base / "config.json").read_bytes()))
+        stored.append(publish_copy(store, f"{directory}/config.json", base / "config.json"))
         if plan.index is not None:
-            stored.append(write_file(store, f"{directory}/{INDEX_NAME}", plan.index))
+            index = plan.index
+            stored.append(publish(store, f"{directory}/{INDEX_NAME}", lambda writer: writer.write(index)))
     for name, source in side_files(base, adapter).items():
         if source.stat().st_size > MAX_SIDE_FILE_BYTES:
             raise SourceError(f"{name} is larger than {MAX_SIDE_FILE_BYTES} bytes.", code="side_file_too_large")
-        file = write_file(store, f"{directory}/{name}", source.read_bytes())
+        file = publish_copy(store, f"{directory}/{name}", source)
         stored.append(StoredFile(name, file.size, file.crc32c))
     return stored
 
 
-def write_file(store: ArtifactStore, path: str, content: bytes) -> StoredFile:
-    """Publish a small file."""
-    writer = store.create(path)
-    try:
-        writer.write(content)
-        return writer.commit()
-    except BaseException:
-        writer.discard()
-        raise
+def publish_copy(store: ArtifactStore, path: str, source: Path) -> StoredFile:
+    """Publish a copy of a local file, of any size, through one buffer."""
+    block = bytearray(BLOCK_BYTES)
+
+    def fill(writer: ArtifactWriter) -> None:
+        with source.open("rb", buffering=0) as file:
+            while count := file.readinto(block):
+                writer.write(memoryview(block)[:count])
+
+    return publish(store, path, fill, size=source.stat().st_size)

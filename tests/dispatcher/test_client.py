@@ -38,7 +38,7 @@ class Desk:
         runner = ProcessRunner(
             log_dir or world.home / "logs", {}, retry_delay=0.001, program=(sys.executable, "-c", program)
         )
-        trigger = Trigger(records=world.records, queue=queue, runner=runner)
+        trigger = Trigger(records=world.records, queue=queue, runner=runner, max_attempts=4)
         service = Service(
             records=world.records, artifacts=world.artifacts, runner=runner, tokens=world.tokens, trigger=trigger
         )

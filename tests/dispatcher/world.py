@@ -101,7 +101,13 @@ class World:
         self.queue = HeldQueue()
         self.machines = Machines()
         max_unfinished = limits.pop("max_unfinished_per_user", 20)
-        self.trigger = Trigger(records=self.records, queue=self.queue, runner=self.machines, clock=self.clock, **limits)
+        self.trigger = Trigger(
+            records=self.records,
+            queue=self.queue,
+            runner=self.machines,
+            clock=self.clock,
+            **({"max_attempts": 5} | limits),
+        )
         self.service = Service(
             records=self.records,
             artifacts=self.artifacts,
