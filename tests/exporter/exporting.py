@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from dispatcher.artifacts import path_of
 from dispatcher.contract import ExportRecord, ExportType, State, TrainingJob
@@ -21,10 +22,9 @@ class Undisturbed:
         return True
 
 
-def training_job(base: Path | str, adapter: Path, **fields: str) -> TrainingJob:
-    """A completed training job of user `ann`."""
-    document = {"user_id": "ann", "status": "completed", "base_model_id": str(base), "adapter_path": str(adapter)}
-    return TrainingJob.from_document("job-1", {**document, **fields})
+def training_document(base: Path | str, adapter: Path | str) -> dict[str, Any]:
+    """The document of a completed training job of user `ann`."""
+    return {"user_id": "ann", "status": "completed", "base_model_id": str(base), "adapter_path": str(adapter)}
 
 
 def merged_record(**fields: object) -> ExportRecord:
@@ -52,7 +52,7 @@ def export(base: Path | str, adapter: Path, store: Path, *, engine: str = "strea
     """
     return export_merged(
         LocalArtifacts(store),
-        training_job(base, adapter),
+        TrainingJob.from_document("job-1", training_document(base, adapter)),
         merged_record(),
         engine=engine,
         token=lambda: None,

@@ -13,7 +13,7 @@ from dispatcher.artifacts import path_of
 from dispatcher.contract import ExportRecord, State
 from dispatcher.records import SqliteRecords
 from dispatcher.tokens import FileTokens
-from tests.exporter.exporting import merged_into, merged_record
+from tests.exporter.exporting import merged_into, merged_record, training_document
 from tests.exporter.hub import COMMIT, TOKEN, Hub, hub_serving
 from tests.gemmas import assert_same_tensors, file_tensors, make_adapter, save_base
 
@@ -40,13 +40,7 @@ def environment(hub: Hub, root: Path) -> dict[str, str]:
 def run(hub: Hub, root: Path, *, token: str | None = None) -> tuple[int, ExportRecord, str]:
     """Export from the hub; the exit code, the record, and everything that was printed."""
     records = SqliteRecords(root / "home" / "records.db")
-    document = {
-        "user_id": "ann",
-        "status": "completed",
-        "base_model_id": "google/tiny",
-        "adapter_path": str(root / "adapter"),
-    }
-    assert records.put_job("job-1", document)
+    assert records.put_job("job-1", training_document("google/tiny", root / "adapter"))
     ref = FileTokens(root / "home" / "tokens").put("job-1.merged", token) if token else None
     assert records.create_export(merged_record(token_ref=ref))
     done = subprocess.run(

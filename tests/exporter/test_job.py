@@ -26,7 +26,7 @@ from exporter.job import ExitCode, Order, Stores, run_job
 from exporter.lease import utc_now
 from exporter.manifest import publish_manifest
 from tests.exporter.damage import Tensors, edit_adapter, edit_config
-from tests.exporter.exporting import NOW, merged_into, merged_record
+from tests.exporter.exporting import NOW, merged_into, merged_record, training_document
 from tests.gemmas import (
     Layout,
     assert_same_tensors,
@@ -53,12 +53,8 @@ class Place:
         self.stores = Stores(self.records, self.artifacts, self.tokens, lease_seconds=60, max_attempts=3)
         model = save_base("gemma3_text", root / "base")
         make_adapter("gemma3_text", model, root / "adapter")
-        document = {
-            "user_id": "ann",
-            "status": "completed",
-            "base_model_id": str(root / "base"),
-            "artifacts": {"raw": {"adapter": str(root / "adapter")}, "kept": 1},
-        }
+        document = training_document(root / "base", "")
+        document["artifacts"] = {"raw": {"adapter": str(root / "adapter")}, "kept": 1}
         assert self.records.put_job("job-1", document)
 
     def queue(self, **fields: object) -> ExportRecord:
@@ -472,6 +468,23 @@ def _is_stopped(place: Place) -> bool:
     lease = place.record().lease
     beating = any(thread.name == "heartbeat" for thread in threading.enumerate())
     return not beating or lease is None or lease.expires_at < utc_now()
+
+
+def test_the_record_says_how_far_the_work_is_without_a_write_per_block(place: Place) -> None:
+    place.queue()
+    store = _Interfering(place.root / "artifacts")
+    seen: list[ExportRecord] = []
+
+    def look() -> None:
+        store.interfere = lambda: None
+        seen.append(until(lambda: place.record() if place.record().stage == "planning" else None, "a heartbeat"))
+
+    store.interfere = look
+    place.stores = replace(place.stores, artifacts=store)
+    assert place.run() is ExitCode.DONE
+    assert seen[0].state is State.RUNNING
+    assert 0 <= seen[0].progress < 1
+    assert place.record().revision - seen[0].revision <= 2
 
 
 def test_sigterm_after_the_manifest_still_finishes(place: Place) -> None:
