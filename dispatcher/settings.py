@@ -9,6 +9,8 @@ from urllib.parse import quote, urlsplit
 from dispatcher.errors import Misconfigured
 
 DEFAULT_BUCKET = "gemma-export-bucket"
+MAX_DOWNLOAD_URL_SECONDS = 12 * 3600
+"""A key of Google's own, which keyless signing uses, may be gone after that."""
 _SCHEMES = {
     "RECORDS_URL": ("sqlite", "firestore"),
     "ARTIFACTS_URL": ("file", "gs"),
@@ -19,6 +21,15 @@ _SCHEMES = {
 """Per port: the embedded scheme, then Google's."""
 _CLOUD_VARIABLES = ("PROJECT_ID", "GCS_EXPORT_BUCKET_NAME", "K_SERVICE", "CLOUD_RUN_JOB")
 _ENGINES = ("auto", "streaming", "peft", "unsloth")
+
+
+@dataclass(frozen=True)
+class JwtCheck:
+    """What a caller's own JWT must say, checked besides the gateway's header."""
+
+    issuer: str
+    audience: str
+    jwks_url: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,12 @@ class Settings:
     max_attempts: int = 4
     """As many as a first try and the three retries that Cloud Run and the embedded runner make."""
     engine: str = "auto"
+    token_ttl_seconds: int = 7 * 24 * 3600
+    """At least as long as the queue keeps a message, or a replayed message would find its token gone."""
+    download_url_seconds: int = 3600
+    signing_account: str | None = None
+    """The service account that signs download URLs; None is the one that the process runs as."""
+    jwt: JwtCheck | None = None
     export_id: str | None = None
     lease_id: str | None = None
     execution: str | None = None
@@ -79,6 +96,12 @@ class Settings:
             max_unfinished_per_user=_number(env, "MAX_UNFINISHED_PER_USER", cls.max_unfinished_per_user, at_least=1),
             max_attempts=_number(env, "MAX_ATTEMPTS", cls.max_attempts, at_least=1),
             engine=_choice(env, "ENGINE", cls.engine, _ENGINES),
+            token_ttl_seconds=_number(env, "TOKEN_TTL_SECONDS", cls.token_ttl_seconds, at_least=60),
+            download_url_seconds=_number(
+                env, "DOWNLOAD_URL_SECONDS", cls.download_url_seconds, at_least=1, at_most=MAX_DOWNLOAD_URL_SECONDS
+            ),
+            signing_account=env.get("SIGNING_ACCOUNT"),
+            jwt=_jwt_check(env),
             export_id=env.get("EXPORT_ID"),
             lease_id=env.get("LEASE_ID"),
             execution=env.get("CLOUD_RUN_EXECUTION"),
@@ -105,6 +128,7 @@ class Settings:
             "LEASE_SECONDS": str(self.lease_seconds),
             "MAX_ATTEMPTS": str(self.max_attempts),
             "ENGINE": self.engine,
+            "TOKEN_TTL_SECONDS": str(self.token_ttl_seconds),
         }
         if self.project_id:
             environment |= {"PROJECT_ID": self.project_id, "GCS_EXPORT_BUCKET_NAME": self.bucket}
@@ -140,11 +164,25 @@ def _url(env: Mapping[str, str], name: str, default: str) -> str:
     return url
 
 
-def _number(env: Mapping[str, str], name: str, default: int, *, at_least: int) -> int:
-    text = env.get(name, str(default))
-    if not text.strip().isascii() or not text.strip().isdigit() or int(text) < at_least:
-        raise Misconfigured(f"{name} is {text!r}: expected a whole number of at least {at_least}")
+def _number(env: Mapping[str, str], name: str, default: int, *, at_least: int, at_most: int | None = None) -> int:
+    text = env.get(name, str(default)).strip()
+    good = text.isascii() and text.isdigit() and int(text) >= at_least and (at_most is None or int(text) <= at_most)
+    if not good:
+        limit = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+        raise Misconfigured(f"{name} is {text!r}: expected a whole number {limit}")
     return int(text)
+
+
+def _jwt_check(env: Mapping[str, str]) -> JwtCheck | None:
+    names = ("JWT_ISSUER", "JWT_AUDIENCE", "JWT_JWKS_URL")
+    values = [env.get(name) for name in names]
+    if not any(values):
+        return None
+    issuer, audience, jwks_url = values
+    if not issuer or not audience or not jwks_url:
+        missing = ", ".join(name for name, value in zip(names, values, strict=True) if not value)
+        raise Misconfigured(f"{missing} is not set: expected {', '.join(names)} together, or none of them")
+    return JwtCheck(issuer, audience, jwks_url)
 
 
 def _choice(env: Mapping[str, str], name: str, default: str, choices: tuple[str, ...]) -> str:

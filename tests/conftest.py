@@ -1,9 +1,15 @@
-"""What holds for every test: no hub, and libraries that stay quiet. Set before any of them is imported."""
+"""What holds for every test: no hub, and libraries that stay quiet; and the servers that several of them share."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
+import pytest
 from hypothesis import settings
 
+from infra.local import servers
+
+# Set before any of these libraries is imported.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
@@ -15,3 +21,43 @@ os.environ.update(
 # A busy machine is no reason for a property test to fail.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+MISSING = "MISSING SERVER"
+
+
+@contextmanager
+def shared(start: Callable[[], AbstractContextManager[str]], variable: str) -> Iterator[str]:
+    """A server for the whole session, which clients find by an environment variable.
+
+    Where it is missing, tests that need it are skipped, and fail in CI.
+    """
+    try:
+        with start() as address, pytest.MonkeyPatch.context() as patch:
+            patch.setenv(variable, address)
+            yield address
+    except servers.MissingServerError as missing:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{MISSING} {missing}")
+
+
+@pytest.fixture(scope="session")
+def firestore_server() -> Iterator[str]:
+    """Firestore's emulator; projects are made by naming them."""
+    with shared(servers.firestore, "FIRESTORE_EMULATOR_HOST") as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def pubsub_server() -> Iterator[str]:
+    """Pub/Sub's emulator; projects are made by naming them."""
+    with shared(servers.pubsub, "PUBSUB_EMULATOR_HOST") as address:
+        yield address
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One loud line for all that was skipped for want of a server."""
+    skipped = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", []) if report.longrepr]
+    missing = sorted({reason.partition(MISSING)[2].strip() for reason in skipped if MISSING in reason})
+    if missing:
+        count = sum(MISSING in reason for reason in skipped)
+        line = f"{count} TESTS AGAINST GOOGLE'S SERVERS WERE SKIPPED: {'; '.join(missing)}"
+        terminalreporter.write_line(line, red=True, bold=True)
