@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dispatcher import logs
 from dispatcher.artifacts import ArtifactStore, open_artifacts
 from dispatcher.jobqueue import JobQueue, open_queue
-from dispatcher.records import RecordStore, SqliteRecords, open_records
+from dispatcher.records import RecordStore, open_records
 from dispatcher.runner import JobRunner, ProcessRunner, open_runner
 from dispatcher.service import Service
 from dispatcher.settings import Settings
@@ -38,8 +38,7 @@ class Stack:
         self.queue.close()
         if isinstance(self.runner, ProcessRunner):
             self.runner.close()
-        if isinstance(self.records, SqliteRecords):
-            self.records.close()
+        self.records.close()
 
 
 def build(settings: Settings) -> Stack:

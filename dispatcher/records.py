@@ -1,13 +1,11 @@
 """Where records are kept: training jobs (read, and written back to) and exports (compare-and-set)."""
 
-import json
 import logging
-import sqlite3
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+import random
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import pydantic
@@ -17,19 +15,11 @@ from dispatcher.errors import ExportError, Misconfigured, NotFound, SourceError,
 
 logger = logging.getLogger(__name__)
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS training_jobs (job_id TEXT PRIMARY KEY, document TEXT NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS exports (
-    export_id TEXT PRIMARY KEY, job_id TEXT NOT NULL, user_id TEXT NOT NULL, state TEXT NOT NULL,
-    revision INTEGER NOT NULL, document TEXT NOT NULL
-) STRICT;
-CREATE INDEX IF NOT EXISTS exports_by_user ON exports (user_id, state);
-CREATE INDEX IF NOT EXISTS exports_by_job ON exports (job_id);
-"""
-# Documents are read as bytes: what is not even UTF-8 is then one damaged document, not a failed query.
-_SELECT_JOB = "SELECT CAST(document AS BLOB) FROM training_jobs WHERE job_id = ?"
-_SELECT_EXPORT = "SELECT CAST(document AS BLOB) FROM exports WHERE export_id = ?"
 _UPDATE_ATTEMPTS = 50
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.2
+"""Seconds."""
+Stored = TypeVar("Stored")
+"""A stored document, in whatever form a store reads it."""
 
 
 class RecordStore(Protocol):
@@ -81,6 +71,9 @@ class RecordStore(Protocol):
         One that cannot be read is left out and logged as an error: it must not stop the sweep of all others.
         """
 
+    def close(self) -> None:
+        """Release what is open; the store is not used afterwards."""
+
 
 def update(
     store: RecordStore,
@@ -97,7 +90,10 @@ def update(
         NotFound: There is no such export (`export_not_found`).
         Unavailable: Others were faster too many times.
     """
-    for _ in range(_UPDATE_ATTEMPTS):
+    for attempt in range(_UPDATE_ATTEMPTS):
+        if attempt:
+            # Contenders in step with each other would meet again every time.
+            time.sleep(random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt)))  # noqa: S311  # no secret
         old = store.get_export(export_id)
         if old is None:
             raise NotFound(f"there is no export {export_id}", code="export_not_found")
@@ -117,209 +113,68 @@ def every_export(store: RecordStore, states: Collection[State], *, page: int = 1
         after = records[-1].export_id
 
 
-class SqliteRecords:
-    """Records in one SQLite file, shared by threads and processes."""
+def readable_page(
+    fetch: Callable[[str | None, int], Sequence[tuple[str, Stored]]],
+    read: Callable[[str, Stored], ExportRecord],
+    *,
+    limit: int,
+    after: str | None,
+) -> list[ExportRecord]:
+    """A page of `list_exports`: what can be read of what `fetch` finds.
 
-    def __init__(self, path: Path, *, busy_seconds: float = 10.0) -> None:
-        self._path = path
-        self._busy_seconds = busy_seconds
-        # One connection per thread at a time, reused: a threaded server makes a thread per request.
-        self._idle: list[sqlite3.Connection] = []
-        self._lock = threading.Lock()
-        self._closed = False
-
-    def get_job(self, job_id: str) -> TrainingJob | None:
-        with self._connection() as connection:
-            row = connection.execute(_SELECT_JOB, (job_id,)).fetchone()
-        if row is None:
-            return None
-        try:
-            return TrainingJob.from_document(job_id, _document(job_id, row[0]))
-        except pydantic.ValidationError as error:
-            raise invalid_job(job_id, error) from error
-
-    def put_job(self, job_id: str, document: dict[str, Any]) -> bool:
-        with self._connection() as connection:
-            cursor = connection.execute(
-                "INSERT INTO training_jobs VALUES (?, ?) ON CONFLICT DO NOTHING",
-                (job_id, json.dumps(document)),
-            )
-            return cursor.rowcount == 1
-
-    def get_export(self, export_id: str) -> ExportRecord | None:
-        with self._connection() as connection:
-            row = connection.execute(_SELECT_EXPORT, (export_id,)).fetchone()
-        return None if row is None else _record(export_id, row[0])
-
-    def create_export(self, record: ExportRecord, *, job_result: Mapping[str, str] | None = None) -> bool:
-        row = (record.export_id, record.job_id, record.user_id, record.state, record.revision, _text(record))
-        with self._transaction() as connection:
-            cursor = connection.execute("INSERT INTO exports VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row)
-            if cursor.rowcount == 1:
-                _write_back(connection, record.job_id, job_result)
-            return cursor.rowcount == 1
-
-    def replace_export(
-        self, old: ExportRecord, new: ExportRecord, *, job_result: Mapping[str, str] | None = None
-    ) -> bool:
-        row = (new.job_id, new.user_id, new.state, new.revision, _text(new), old.export_id, old.revision)
-        with self._transaction() as connection:
-            cursor = connection.execute(
-                "UPDATE exports SET job_id = ?, user_id = ?, state = ?, revision = ?, document = ? "
-                "WHERE export_id = ? AND revision = ?",
-                row,
-            )
-            if cursor.rowcount == 1:
-                _write_back(connection, new.job_id, job_result)
-            return cursor.rowcount == 1
-
-    def list_exports(
-        self,
-        *,
-        user_id: str | None = None,
-        job_id: str | None = None,
-        states: Collection[State] | None = None,
-        limit: int = 100,
-        after: str | None = None,
-    ) -> list[ExportRecord]:
-        query = (
-            "SELECT export_id, CAST(document AS BLOB) FROM exports WHERE (:user IS NULL OR user_id = :user) "
-            "AND (:job IS NULL OR job_id = :job) AND (:after IS NULL OR export_id > :after) "
-            "AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states))) "
-            "ORDER BY export_id LIMIT :limit"
-        )
-        wanted = None if states is None else json.dumps(sorted(states))
-        found: list[ExportRecord] = []
-        # A page that holds unreadable rows is filled up: to whoever turns pages, a short one is the last.
-        while len(found) < limit:
-            missing = limit - len(found)
-            values = {"user": user_id, "job": job_id, "after": after, "states": wanted, "limit": missing}
-            with self._connection() as connection:
-                rows = connection.execute(query, values).fetchall()
-            for export_id, document in rows:
-                try:
-                    found.append(_record(export_id, document))
-                except ExportError as error:
-                    logger.error("export %s is left out of a listing: %s", export_id, error)
-            if len(rows) < missing:
-                break
-            after = rows[-1][0]
-        return found
-
-    def close(self) -> None:
-        """Close the idle connections; those in use are closed when they come back."""
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
-
-    @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
-        """A connection of our own for now.
-
-        Raises:
-            Unavailable: The file is locked for too long, cannot be read or written, or is no database.
-        """
-        try:
-            with self._lock:
-                connection = self._idle.pop() if self._idle else None
-            connection = connection or self._connect()
+    Args:
+        fetch: Given an id and a number, that many stored documents with an id greater than that, by id.
+        read: Raises an ExportError for what cannot be read.
+        limit: The most records to return.
+        after: The id that the page begins after.
+    """
+    found: list[ExportRecord] = []
+    # A page that holds unreadable documents is filled up: to whoever turns pages, a short one is the last.
+    while len(found) < limit:
+        missing = limit - len(found)
+        rows = fetch(after, missing)
+        for export_id, document in rows:
             try:
-                yield connection
-            except BaseException:
-                connection.close()
-                raise
-            with self._lock:
-                keep = not self._closed
-                if keep:
-                    self._idle.append(connection)
-            if not keep:
-                connection.close()
-        except (sqlite3.Error, OSError) as error:
-            raise Unavailable(f"the record store {self._path} does not answer: {error}") from error
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._connection() as connection:
-            # Immediate: two writers that both began by reading could otherwise only deadlock.
-            connection.execute("BEGIN IMMEDIATE")
-            yield connection
-            connection.execute("COMMIT")
-
-    def _connect(self) -> sqlite3.Connection:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(
-            self._path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False
-        )
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            # An accepted request must outlive a power cut, so every commit reaches the disk.
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.executescript(_SCHEMA)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+                found.append(read(export_id, document))
+            except ExportError as error:
+                logger.error("export %s is left out of a listing: %s", export_id, error)
+        if len(rows) < missing:
+            break
+        after = rows[-1][0]
+    return found
 
 
-def invalid_job(job_id: str, error: pydantic.ValidationError) -> SourceError:
-    """What a store raises for a training job's document that cannot be used."""
-    fields = ", ".join(sorted({str(fault["loc"][0]) for fault in error.errors() if fault["loc"]}))
-    return SourceError(f"training job {job_id} lacks a usable {fields}", code="job_document_invalid")
+def job_of(job_id: str, document: dict[str, Any]) -> TrainingJob:
+    """The training job in a document.
 
-
-def with_result(document: dict[str, Any], job_result: Mapping[str, str]) -> dict[str, Any]:
-    """A copy of the document with each dotted path set, and everything else as it was."""
-    copy = dict(document)
-    for dotted, value in job_result.items():
-        *parents, leaf = dotted.split(".")
-        place = copy
-        for name in parents:
-            child = place.get(name)
-            place[name] = dict(child) if isinstance(child, dict) else {}
-            place = place[name]
-        place[leaf] = value
-    return copy
-
-
-def _write_back(connection: sqlite3.Connection, job_id: str, job_result: Mapping[str, str] | None) -> None:
-    row = connection.execute(_SELECT_JOB, (job_id,)).fetchone()
-    # The training service may have deleted its job meanwhile; the export is valid all the same.
-    if job_result and row is not None:
-        text = json.dumps(with_result(_document(job_id, row[0]), job_result))
-        connection.execute("UPDATE training_jobs SET document = ? WHERE job_id = ?", (text, job_id))
-
-
-def _document(job_id: str, stored: bytes) -> dict[str, Any]:
+    Raises:
+        SourceError: It lacks what an export needs (`job_document_invalid`).
+    """
     try:
-        document = json.loads(stored)
-    except (ValueError, RecursionError) as error:
-        message = f"the document of training job {job_id} is not JSON: it is damaged, write it again"
-        raise SourceError(message, code="job_document_invalid") from error
-    if not isinstance(document, dict):
-        message = f"the document of training job {job_id} is a {type(document).__name__}: expected a JSON object"
-        raise SourceError(message, code="job_document_invalid")
-    return document
+        return TrainingJob.from_document(job_id, document)
+    except pydantic.ValidationError as error:
+        fields = ", ".join(sorted({str(fault["loc"][0]) for fault in error.errors() if fault["loc"]}))
+        raise SourceError(f"training job {job_id} lacks a usable {fields}", code="job_document_invalid") from error
 
 
-def _text(record: ExportRecord) -> str:
-    return record.model_dump_json()
-
-
-def _record(export_id: str, stored: bytes) -> ExportRecord:
-    try:
-        return ExportRecord.model_validate_json(stored)
-    except (pydantic.ValidationError, RecursionError) as error:
-        message = f"the stored record of export {export_id} cannot be read; was it written by a newer version?"
-        raise ExportError(message, code="record_invalid") from error
+def unreadable(export_id: str) -> ExportError:
+    """What is raised for a stored record that is none of ours."""
+    return ExportError(
+        f"the stored record of export {export_id} cannot be read; was it written by a newer version?",
+        code="record_invalid",
+    )
 
 
 def open_records(url: str) -> RecordStore:
     """The record store that a URL selects: `sqlite:///file` or `firestore://project/database`."""
+    # Each stands on this file, so it cannot be imported above; and Google's client takes half a second.
     parts = urlsplit(url)
     if parts.scheme == "sqlite":
+        from dispatcher.sqlite_records import SqliteRecords
+
         return SqliteRecords(Path(unquote(parts.path)))
-    if parts.scheme == "firestore":
-        raise Misconfigured(f"record store {url!r}: Firestore is not in this build yet", code="not_available_yet")
+    if parts.scheme == "firestore" and parts.netloc and parts.path.strip("/") and parts.path.count("/") == 1:
+        from dispatcher.firestore_records import FirestoreRecords
+
+        return FirestoreRecords(parts.netloc, parts.path.strip("/"))
     raise Misconfigured(f"record store {url!r}: expected sqlite:///file or firestore://project/database")

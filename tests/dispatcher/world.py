@@ -19,12 +19,13 @@ from dispatcher.contract import (
     Lease,
     State,
 )
-from dispatcher.errors import Unavailable
+from dispatcher.errors import LaunchInDoubt, Unavailable
 from dispatcher.lifecycle import Actor
 from dispatcher.local_artifacts import LocalArtifacts
-from dispatcher.records import SqliteRecords, update
+from dispatcher.records import update
 from dispatcher.runner import Execution
 from dispatcher.service import Service
+from dispatcher.sqlite_records import SqliteRecords
 from dispatcher.tokens import FileTokens
 from dispatcher.trigger import Trigger
 
@@ -66,12 +67,13 @@ class HeldQueue:
 
 
 class Machines:
-    """A runner that remembers its executions; refuses while it is down."""
+    """A runner that remembers its executions; refuses while it is down, loses its answers while in doubt."""
 
     def __init__(self) -> None:
         self.started: dict[str, tuple[str, dict[str, str]]] = {}
         self.cancelled: set[str] = set()
         self.down = False
+        self.in_doubt = False
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
 
@@ -81,12 +83,17 @@ class Machines:
         with self._lock:
             name = f"execution-{next(self._numbers)}"
             self.started[name] = (job_id, dict(environment))
+        if self.in_doubt:
+            raise LaunchInDoubt("no answer came")
         return Execution(name, f"file:///logs/{name}.log")
 
     def cancel(self, execution: str) -> None:
         if self.down:
             raise Unavailable("no machine answers")
         self.cancelled.add(execution)
+
+    def close(self) -> None:
+        pass
 
 
 class World:
@@ -156,16 +163,24 @@ class World:
         self.queue.deliver_all(self.trigger)
         return self.record(record.export_id)
 
-    def claim(self, export_id: str = "job.merged", *, seconds: int = 120) -> ExportRecord:
+    def claim(self, export_id: str = "job.merged", *, seconds: int = 120, execution: str | None = None) -> ExportRecord:
         """What the exporter does first."""
 
         def change(record: ExportRecord) -> ExportRecord:
-            owner = record.execution or "by-hand"
+            owner = execution or record.execution or "by-hand"
             lease = Lease(lease_id="exporter", owner=owner, expires_at=self.clock() + timedelta(seconds=seconds))
             handed = record.lease.lease_id if record.lease else None
             return lifecycle.transition(
                 record, State.RUNNING, by=Actor.EXPORTER, now=self.clock(), lease=lease, holding=handed, execution=owner
             )
+
+        return update(self.records, export_id, change)
+
+    def give_back(self, export_id: str = "job.merged") -> ExportRecord:
+        """What the exporter does on SIGTERM."""
+
+        def change(record: ExportRecord) -> ExportRecord:
+            return lifecycle.transition(record, State.QUEUED, by=Actor.EXPORTER, holding="exporter", now=self.clock())
 
         return update(self.records, export_id, change)
 

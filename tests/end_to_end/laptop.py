@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dispatcher.records import SqliteRecords
+from dispatcher.sqlite_records import SqliteRecords
 
 CLI = [sys.executable, "-c", "from dispatcher.cli import main; main()"]
 

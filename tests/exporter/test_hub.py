@@ -11,7 +11,7 @@ import pytest
 
 from dispatcher.artifacts import path_of
 from dispatcher.contract import ExportRecord, State
-from dispatcher.records import SqliteRecords
+from dispatcher.sqlite_records import SqliteRecords
 from dispatcher.tokens import FileTokens
 from tests.exporter.exporting import merged_into, merged_record, training_document
 from tests.exporter.hub import COMMIT, TOKEN, Hub, hub_serving

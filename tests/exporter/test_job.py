@@ -20,7 +20,8 @@ from dispatcher.contract import ExportRecord, ExportType, Lease, State
 from dispatcher.errors import ArtifactConflict, NotAvailable, NotFound, StorageFull, TokenExpired, Unavailable
 from dispatcher.lifecycle import Actor, noted, transition
 from dispatcher.local_artifacts import LocalArtifacts
-from dispatcher.records import SqliteRecords, update
+from dispatcher.records import update
+from dispatcher.sqlite_records import SqliteRecords
 from dispatcher.tokens import FileTokens
 from exporter.job import ExitCode, Order, Stores, run_job
 from exporter.lease import utc_now

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from dispatcher.contract import ExportRecord, State
-from dispatcher.records import SqliteRecords
 from dispatcher.settings import Settings
+from dispatcher.sqlite_records import SqliteRecords
 from exporter.checkpoint import Tensor, header_bytes, read_tensor_file
 from tests.exporter.exporting import merged_record, training_document
 from tests.gemmas import make_adapter, save_base

@@ -1,29 +1,59 @@
 """The implementations that each port's one suite runs over; another one is one more parameter here."""
 
+import json
+import secrets
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 from dispatcher.artifacts import ArtifactStore, open_artifacts
-from dispatcher.records import RecordStore, SqliteRecords, open_records
+from dispatcher.records import RecordStore, open_records
 from dispatcher.tokens import TokenStore, open_tokens
 
 
-@pytest.fixture(params=["sqlite"])
-def open_again(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], RecordStore]]:
+@pytest.fixture(params=["sqlite", "firestore"])
+def records_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty record store of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite://{tmp_path / 'records.db'}"
+    request.getfixturevalue("firestore_server")
+    return f"firestore://project-{secrets.token_hex(6)}/(default)"
+
+
+@pytest.fixture
+def open_again(records_url: str) -> Iterator[Callable[[], RecordStore]]:
     """Opens one and the same record store, each time as another process would."""
     opened: list[RecordStore] = []
 
     def open_store() -> RecordStore:
-        assert request.param == "sqlite"
-        opened.append(open_records(f"sqlite://{tmp_path / 'records.db'}"))
+        opened.append(open_records(records_url))
         return opened[-1]
 
     yield open_store
     for store in opened:
-        if isinstance(store, SqliteRecords):
-            store.close()
+        store.close()
+
+
+@pytest.fixture
+def stored_job(records_url: str) -> Callable[[str], object]:
+    """Reads a training job's whole document, behind the store's back."""
+
+    def read(job_id: str) -> object:
+        parts = urlsplit(records_url)
+        if parts.scheme == "sqlite":
+            with closing(sqlite3.connect(parts.path)) as database:
+                query = "SELECT document FROM training_jobs WHERE job_id = ?"
+                return json.loads(database.execute(query, (job_id,)).fetchone()[0])
+        from google.cloud import firestore
+
+        with closing(firestore.Client(project=parts.netloc)) as client:
+            return client.collection("training_jobs").document(job_id).get().to_dict()
+
+    return read
 
 
 @pytest.fixture
