@@ -10,7 +10,7 @@ import pydantic
 from google.api_core import exceptions as api
 from google.api_core.retry import Retry, if_exception_type
 from google.cloud import firestore
-from google.cloud.firestore_v1.base_document import BaseDocumentReference, DocumentSnapshot
+from google.cloud.firestore_v1.base_document import DocumentSnapshot
 from google.cloud.firestore_v1.base_query import FieldFilter
 
 from dispatcher.contract import ExportRecord, State, TrainingJob
@@ -25,7 +25,7 @@ _PASSING = if_exception_type(api.TooManyRequests, api.ServerError, api.Aborted)
 _LOST = (api.AlreadyExists, api.FailedPrecondition)
 """How Firestore says that a document is not what the precondition wants: a lost race."""
 
-Snapshot = DocumentSnapshot[BaseDocumentReference]
+Snapshot = DocumentSnapshot[firestore.DocumentReference]
 
 
 class FirestoreRecords:

@@ -3,6 +3,7 @@
 import heapq
 import itertools
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -136,6 +137,9 @@ def open_queue(url: str, handler: Handler) -> JobQueue:
     """The queue that a URL selects: `inline:` (delivers to `handler`) or `pubsub://project/topic`."""
     if url == "inline:":
         return InlineQueue(handler)
-    if url.startswith("pubsub://"):
-        raise Misconfigured(f"queue {url!r}: Pub/Sub is not in this build yet", code="not_available_yet")
+    match = re.fullmatch(r"pubsub://([^/?#]+)/([^/?#]+)", url)
+    if match:
+        from dispatcher.pubsub_queue import PubSubQueue
+
+        return PubSubQueue(match[1], match[2])
     raise Misconfigured(f"queue {url!r}: expected inline: or pubsub://project/topic")
