@@ -134,6 +134,15 @@ class Unavailable(ExportError):
     retryable = True
 
 
+class LaunchInDoubt(Unavailable):
+    """The runner was asked to start an execution and nobody knows whether it did.
+
+    The export's lease must stay, so that no second execution is started beside that one before it runs out.
+    """
+
+    code = "launch_in_doubt"
+
+
 class TokenExpired(ExportError):
     """The stored Hugging Face token is gone; POST again with `hf_token`."""
 

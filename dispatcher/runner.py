@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -37,16 +38,26 @@ class JobRunner(Protocol):
         """Start one execution with these variables besides the job's own.
 
         Raises:
-            Unavailable: It was not started, or nobody knows whether it was.
+            LaunchInDoubt: It may have been started: nobody knows.
+            Unavailable: It was not started; it may be later.
+            Misconfigured: It was not started, and will not be until somebody mends something.
         """
 
     def cancel(self, execution: str) -> None:
-        """Ask an execution to stop; one that has ended, or that is not known here, is left alone."""
+        """Ask an execution to stop; one that has ended, or that is not known here, is left alone.
+
+        Raises:
+            Unavailable: It may not have heard; ask again.
+            Misconfigured: This service account may not stop it.
+        """
+
+    def close(self) -> None:
+        """Release what this process holds; executions go on."""
 
 
 @dataclass
 class _Run:
-    job_id: str
+    arguments: tuple[str, ...]
     environment: dict[str, str]
     log: Path
     process: subprocess.Popen[bytes]
@@ -62,9 +73,11 @@ class ProcessRunner:
     Args:
         log_dir: One log file per execution lies here.
         environment: Variables that make the child open the same stores (`Settings.to_environment`).
-        max_retries: How often a task that ends otherwise than with 0 or 1 is started again.
+        max_retries: How often a task that ends with no final code is started again.
         retry_delay: Seconds before the first retry; it doubles each time.
         program: What is run, with the job id as its last argument.
+        final_codes: The exit codes after which a task is not started again.
+        inherits: Whether tasks also get the variables of this process.
     """
 
     def __init__(
@@ -75,12 +88,16 @@ class ProcessRunner:
         max_retries: int = 3,
         retry_delay: float = 0.5,
         program: Sequence[str] = EXPORTER,
+        final_codes: Collection[int] = (0, FAILED_FOR_GOOD),
+        inherits: bool = True,
     ) -> None:
         self._log_dir = log_dir
         self._environment = dict(environment)
         self._max_retries = max_retries
         self._retry_delay = retry_delay
         self._program = tuple(program)
+        self._final_codes = frozenset(final_codes)
+        self._inherits = inherits
         self._runs: dict[str, _Run] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -88,10 +105,22 @@ class ProcessRunner:
     def start(self, job_id: str, environment: Mapping[str, str]) -> Execution:
         if not is_job_id(job_id):  # it becomes an argument and a file name
             raise Misconfigured(f"{job_id!r} is no job id: nothing was started")
-        name = f"{job_id[:150]}-{secrets.token_hex(4)}"
+        return self.execute(f"{job_id[:150]}-{secrets.token_hex(4)}", (job_id,), environment)
+
+    def execute(self, name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Execution:
+        """Start one execution under a name of its own, with any arguments.
+
+        Args:
+            name: Not in use here yet, and fit to be a file's name.
+            arguments: Given to the program.
+            environment: Variables besides the runner's own.
+
+        Raises:
+            Unavailable: It was not started.
+        """
         log = self._log_dir / f"{name}.log"
         wanted = {**self._environment, **environment, "CLOUD_RUN_EXECUTION": name}
-        run = _Run(job_id, wanted, log, self._spawned(job_id, wanted, log, attempt=0))
+        run = _Run(tuple(arguments), wanted, log, self._spawned(arguments, wanted, log, attempt=0))
         with self._lock:
             self._runs[name] = run
         threading.Thread(target=self._reap, args=(name, run), name=f"reap-{name}", daemon=True).start()
@@ -117,21 +146,39 @@ class ProcessRunner:
     def is_busy(self, job_id: str) -> bool:
         """Whether an execution of this job, started here, has not ended."""
         with self._lock:
-            return any(run.job_id == job_id and not run.ended.is_set() for run in self._runs.values())
+            return any(run.arguments == (job_id,) and not run.ended.is_set() for run in self._runs.values())
 
     def close(self) -> None:
         """Stop retrying; what runs goes on, since a dispatcher that ends must not end the work."""
         self._closed.set()
 
+    def end(self, *, grace: float) -> None:
+        """Stop retrying, stop what runs, and wait for it.
+
+        Args:
+            grace: Seconds between SIGTERM and SIGKILL.
+        """
+        self.close()
+        with self._lock:
+            runs = dict(self._runs)
+        for name in runs:
+            self.cancel(name)
+        deadline = time.monotonic() + grace
+        for run in runs.values():
+            if not run.ended.wait(max(deadline - time.monotonic(), 0)):
+                run.process.kill()
+                run.ended.wait()
+
     def _spawned(
-        self, job_id: str, environment: Mapping[str, str], log: Path, *, attempt: int
+        self, arguments: Sequence[str], environment: Mapping[str, str], log: Path, *, attempt: int
     ) -> subprocess.Popen[bytes]:
-        variables = {**os.environ, **environment, "CLOUD_RUN_TASK_ATTEMPT": str(attempt)}
+        inherited = os.environ if self._inherits else {}
+        variables = {**inherited, **environment, "CLOUD_RUN_TASK_ATTEMPT": str(attempt)}
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as output:
                 return subprocess.Popen(
-                    [*self._program, job_id],
+                    [*self._program, *arguments],
                     env=variables,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -145,14 +192,14 @@ class ProcessRunner:
         while True:
             code = run.process.wait()
             logger.info("execution %s, attempt %d: ended with %d", name, run.attempt, code)
-            final = code in (0, FAILED_FOR_GOOD) or run.attempt >= self._max_retries
+            final = code in self._final_codes or run.attempt >= self._max_retries
             if final or run.cancelled or self._closed.wait(self._retry_delay * 2**run.attempt):
                 break
             with self._lock:  # a cancel must see either the old task or the new one
                 if run.cancelled:
                     break
                 try:
-                    run.process = self._spawned(run.job_id, run.environment, run.log, attempt=run.attempt + 1)
+                    run.process = self._spawned(run.arguments, run.environment, run.log, attempt=run.attempt + 1)
                 except Unavailable as error:
                     logger.warning("execution %s was not tried again: %s", name, error)
                     break
@@ -162,9 +209,15 @@ class ProcessRunner:
 
 
 def open_runner(url: str, *, log_dir: Path, environment: Mapping[str, str]) -> JobRunner:
-    """The runner that a URL selects: `process:` or `run://project/region/job`."""
+    """The runner that a URL selects: `process:` or `run://project/region/job`.
+
+    Raises:
+        Misconfigured: It selects none; the message says what is expected.
+    """
     if url == "process:":
         return ProcessRunner(log_dir, environment)
     if url.startswith("run://"):
-        raise Misconfigured(f"runner {url!r}: Cloud Run is not in this build yet", code="not_available_yet")
+        from dispatcher.cloud_run import CloudRunRunner
+
+        return CloudRunRunner.from_url(url)
     raise Misconfigured(f"runner {url!r}: expected process: or run://project/region/job")

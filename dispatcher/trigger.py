@@ -9,7 +9,7 @@ import pydantic
 
 from dispatcher import lifecycle
 from dispatcher.contract import UNFINISHED, ExportRecord, JobMessage, Lease, State
-from dispatcher.errors import ExportError, Unavailable
+from dispatcher.errors import ExportError, LaunchInDoubt, Unavailable
 from dispatcher.jobqueue import JobQueue
 from dispatcher.lifecycle import Actor, transition
 from dispatcher.records import RecordStore, every_export, update
@@ -118,7 +118,11 @@ class Trigger:
             Unavailable: The queue did not take it. The record is still there: asking again publishes it.
         """
         message = JobMessage(job_id=record.job_id, export_id=record.export_id)
-        attributes = {"export_type": record.export_type.value}
+        attributes = {
+            "job_id": record.job_id,
+            "export_id": record.export_id,
+            "export_type": record.export_type.value,
+        }
         self._queue.publish(message, attributes | ({"traceparent": traceparent} if traceparent else {}))
 
         def dated(current: ExportRecord) -> ExportRecord | None:
@@ -174,13 +178,15 @@ class Trigger:
 
         try:
             execution = self._runner.start(record.job_id, environment)
+        except LaunchInDoubt:
+            raise  # It may be at work: the lease keeps others from starting a second one beside it.
         except ExportError:
             update(self._records, record.export_id, given_back)
             raise
 
         def launched(current: ExportRecord) -> ExportRecord | None:
-            # The exporter may have claimed it already, or even have finished.
-            if current.execution is not None or not (is_ours(current) or current.attempt > record.attempt):
+            # An exporter that claimed it first knows its own name, but not where its log lies.
+            if not is_ours(current) and current.execution != execution.name:
                 return None
             facts = {"execution": execution.name, "log_uri": execution.log_uri}
             return lifecycle.noted(current, self._clock(), **facts)

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from dispatcher.contract import JobMessage, State
-from dispatcher.errors import Unavailable
+from dispatcher.errors import LaunchInDoubt, Unavailable
 from tests.dispatcher.world import World
 
 MESSAGE = JobMessage(job_id="job", export_id="job.merged")
@@ -89,6 +89,26 @@ def test_a_runner_that_refuses_gets_the_message_again(world: World) -> None:
     assert world.record().execution == "execution-1"
 
 
+def test_a_launch_in_doubt_keeps_its_lease(world: World) -> None:
+    """It may be at work: only when the lease has run out unclaimed is another one started."""
+    world.job()
+    world.submit()
+    world.machines.in_doubt = True
+    with pytest.raises(LaunchInDoubt):
+        world.trigger.start(MESSAGE)
+    world.machines.in_doubt = False
+    doubtful = world.record()
+    assert (doubtful.state, doubtful.execution) == (State.STARTING, None)
+    assert doubtful.lease is not None
+    assert doubtful.lease.lease_id == world.machines.started["execution-1"][1]["LEASE_ID"]
+    with pytest.raises(Unavailable) as refusal:
+        world.trigger.start(MESSAGE)
+    assert refusal.value.error_code == "launch_in_progress"
+    world.clock.pass_seconds(121)
+    world.trigger.start(MESSAGE)
+    assert world.record().execution == "execution-2"
+
+
 def test_a_launch_that_died_is_tried_again_after_its_lease(world: World) -> None:
     """Until then its message is refused, so that it comes back."""
 
@@ -137,21 +157,61 @@ def test_an_execution_may_wait_for_its_machine(world: World) -> None:
     patient.close()
 
 
-def test_an_exporter_faster_than_the_note_keeps_its_claim(world: World) -> None:
-    """The execution is noted on whatever the record is by then."""
+@pytest.mark.parametrize("ending", ["run", "complete"])
+def test_an_exporter_faster_than_the_note_keeps_its_claim_and_gets_its_log(world: World, ending: str) -> None:
+    """It knows its own name; where its log lies only the runner's answer says."""
     world.job()
     world.submit()
     start = world.machines.start
 
     def claimed_at_once(job_id: str, environment: dict[str, str]) -> object:
         execution = start(job_id, environment)
-        world.claim()
-        world.complete()
+        world.claim(execution=execution.name)
+        if ending == "complete":
+            world.complete()
         return execution
 
     world.machines.start = claimed_at_once  # type: ignore[method-assign, assignment]
     world.trigger.start(MESSAGE)
-    assert world.record().state is State.COMPLETED
+    record = world.record()
+    assert record.state is (State.COMPLETED if ending == "complete" else State.RUNNING)
+    assert (record.execution, record.log_uri) == ("execution-1", "file:///logs/execution-1.log")
+
+
+def test_an_execution_that_was_too_late_is_not_noted(world: World) -> None:
+    """Somebody ran the job by hand meanwhile: the record names the execution that is at work."""
+    world.job()
+    world.submit()
+    start = world.machines.start
+
+    def overtaken(job_id: str, environment: dict[str, str]) -> object:
+        execution = start(job_id, environment)
+        world.claim(execution="by-hand")
+        return execution
+
+    world.machines.start = overtaken  # type: ignore[method-assign, assignment]
+    world.trigger.start(MESSAGE)
+    assert (world.record().execution, world.record().log_uri) == ("by-hand", None)
+
+
+def test_an_execution_that_gave_its_work_back_at_once_is_not_noted(world: World) -> None:
+    """A queued record that names an execution would never be started again."""
+    world.job()
+    world.submit()
+    start = world.machines.start
+
+    def gave_back(job_id: str, environment: dict[str, str]) -> object:
+        execution = start(job_id, environment)
+        world.claim(execution=execution.name)
+        world.give_back()
+        return execution
+
+    world.machines.start = gave_back  # type: ignore[method-assign, assignment]
+    world.trigger.start(MESSAGE)
+    assert (world.record().state, world.record().execution) == (State.QUEUED, None)
+    world.machines.start = start  # type: ignore[method-assign]
+    world.trigger.start(MESSAGE)
+    assert world.record().execution == "execution-2"
 
 
 @pytest.mark.parametrize(

@@ -4,128 +4,189 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from dispatcher.artifacts import path_of
 from dispatcher.errors import Misconfigured, Unavailable
-from dispatcher.runner import Execution, ProcessRunner, open_runner
+from dispatcher.runner import Execution, JobRunner, ProcessRunner, open_runner
+from infra.local.cloud_run import LocalCloudRun
 from tests.waiting import until
 
-Make = Callable[[str], ProcessRunner]
+SAYS_ITS_ATTEMPT = "import os, sys; print(os.environ['CLOUD_RUN_TASK_ATTEMPT'], flush=True); "
 
 
-@pytest.fixture
-def runner(tmp_path: Path) -> Make:
-    """A runner whose exporter is the given program."""
+@dataclass
+class Place:
+    """A runner, and a way to see how its executions end."""
 
-    def make(program: str) -> ProcessRunner:
-        source = tmp_path / "program.py"
-        source.write_text(program)
-        return ProcessRunner(
-            tmp_path / "logs", {"STORE": "here"}, retry_delay=0.001, program=(sys.executable, str(source))
-        )
+    runner: JobRunner
+    wait: Callable[[str, float], int | None]
 
-    return make
+
+Make = Callable[[str], Place]
+
+
+@pytest.fixture(params=["process", "cloud-run"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
+    """Makes a runner whose exporter is the given program."""
+    with ExitStack() as stack:
+
+        def made(program: str) -> Place:
+            source, logs = tmp_path / "program.py", tmp_path / "logs"
+            source.write_text(program)
+            command, own = (sys.executable, str(source)), {"STORE": "here", "ENGINE": "auto"}
+            if request.param == "process":
+                processes = ProcessRunner(logs, own, retry_delay=0.001, program=command)
+                stack.callback(processes.end, grace=10)
+                return Place(processes, processes.wait)
+            cloud = LocalCloudRun(
+                "project", "region", "job", log_dir=logs, environment=own, program=command, retry_delay=0.001
+            )
+            address = stack.enter_context(cloud.serving())
+            runner = open_runner(f"run://project/region/job?emulator={address}", log_dir=tmp_path, environment={})
+            stack.callback(runner.close)
+            return Place(runner, cloud.wait)
+
+        yield made
 
 
 def log_of(execution: Execution) -> str:
     return path_of(execution.log_uri).read_text()
 
 
-def test_an_execution_gets_its_argument_and_environment(runner: Make) -> None:
-    """Job id, overrides, the stores, and what Cloud Run would set; both streams go to its log."""
-    started = runner(
+def test_an_execution_gets_its_argument_and_environment(make: Make) -> None:
+    """Job id, overrides before the job's own, and what Cloud Run sets; both streams go to its log."""
+    place = make(
         "import os, sys\n"
-        "names = 'STORE EXPORT_ID CLOUD_RUN_EXECUTION CLOUD_RUN_TASK_ATTEMPT'.split()\n"
+        "names = 'STORE ENGINE EXPORT_ID CLOUD_RUN_EXECUTION CLOUD_RUN_TASK_ATTEMPT'.split()\n"
         "print(sys.argv[1:], *[os.environ[name] for name in names], file=sys.stderr)"
     )
-    execution = started.start("job", {"EXPORT_ID": "job.merged"})
-    assert started.wait(execution.name, 60) == 0
-    assert log_of(execution).strip() == f"['job'] here job.merged {execution.name} 0"
+    execution = place.runner.start("job", {"EXPORT_ID": "job.merged", "ENGINE": "peft"})
+    assert place.wait(execution.name, 60) == 0
+    assert log_of(execution).strip() == f"['job'] here peft job.merged {execution.name} 0"
 
 
-@pytest.mark.parametrize(("code", "attempts"), [(0, 1), (1, 1), (75, 4), (137, 4)])
-def test_a_task_is_tried_again_unless_it_is_done_or_failed_for_good(runner: Make, code: int, attempts: int) -> None:
-    """As Cloud Run does: the same execution, the next attempt, three retries at most."""
-    started = runner(f"import os, sys; print(os.environ['CLOUD_RUN_TASK_ATTEMPT'], flush=True); sys.exit({code})")
-    execution = started.start("job", {})
-    assert started.wait(execution.name, 60) == code
+@pytest.mark.parametrize(("code", "attempts"), [(0, 1), (75, 4), (137, 4)])
+def test_a_task_that_is_not_done_is_tried_again(make: Make, code: int, attempts: int) -> None:
+    """The same execution, the next attempt, three retries at most."""
+    place = make(f"{SAYS_ITS_ATTEMPT} sys.exit({code})")
+    execution = place.runner.start("job", {})
+    assert place.wait(execution.name, 60) == code
     assert log_of(execution).split() == [str(number) for number in range(attempts)]
-    assert not started.is_busy("job")
 
 
-def test_a_killed_task_is_tried_again(runner: Make) -> None:
+def test_a_killed_task_is_tried_again(make: Make) -> None:
     """Out of memory, say."""
-    started = runner(
+    place = make(
         "import os, signal\nif os.environ['CLOUD_RUN_TASK_ATTEMPT'] == '0': os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    execution = started.start("job", {})
-    assert started.wait(execution.name, 60) == 0
+    assert place.wait(place.runner.start("job", {}).name, 60) == 0
 
 
-def test_a_cancelled_execution_is_asked_to_stop_and_not_retried(runner: Make) -> None:
-    """SIGTERM, so that it can give back what it holds."""
-    started = runner(
+def test_a_cancelled_execution_is_asked_to_stop_and_not_retried(make: Make) -> None:
+    """SIGTERM, so that it can give back what it holds; when it has ended, there is nothing left to ask."""
+    place = make(
         "import signal, sys\n"
         "signal.signal(signal.SIGTERM, lambda *_: (print('stopped', flush=True), sys.exit(75)))\n"
         "print('ready', flush=True)\n"
         "signal.pause()\n"
     )
-    execution = started.start("job", {})
+    execution = place.runner.start("job", {})
     until(lambda: "ready" in log_of(execution), "the program to be ready")
-    assert started.is_busy("job")
-    assert started.wait(execution.name, 0) is None
-    started.cancel(execution.name)
-    assert started.wait(execution.name, 60) == 75
+    assert place.wait(execution.name, 0) is None
+    place.runner.cancel(execution.name)
+    assert place.wait(execution.name, 60) == 75
     assert log_of(execution).split() == ["ready", "stopped"]
-    started.cancel(execution.name)
-    started.cancel("nobody")
+    place.runner.cancel(execution.name)
 
 
-def test_the_work_outlives_the_dispatcher(tmp_path: Path) -> None:
-    """A dispatcher that is killed does not take its executions with it."""
-    done, gate, child = tmp_path / "done", tmp_path / "gate", tmp_path / "child.py"
-    os.mkfifo(gate)
-    child.write_text(
-        f"import os, pathlib\nos.read(os.open({str(gate)!r}, os.O_RDONLY), 1)\npathlib.Path({str(done)!r}).touch()"
-    )
-    parent = (
-        "import os, sys, signal, pathlib\n"
-        "from dispatcher.runner import ProcessRunner\n"
-        f"program = (sys.executable, {str(child)!r})\n"
-        f"ProcessRunner(pathlib.Path({str(tmp_path)!r}), {{}}, program=program).start('job', {{}})\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    run = subprocess.run([sys.executable, "-c", parent], check=False)
-    assert run.returncode == -signal.SIGKILL
-    with gate.open("w") as opened:
-        opened.write("go")
-    until(done.exists, "the orphan to finish")
-
-
-def test_what_cannot_be_started_is_unavailable(tmp_path: Path) -> None:
-    """No such program, or no place for its log."""
-    with pytest.raises(Unavailable):
-        ProcessRunner(tmp_path, {}, program=("/nowhere/python",)).start("job", {})
-    (tmp_path / "file").write_text("")
-    with pytest.raises(Unavailable):
-        ProcessRunner(tmp_path / "file", {}).start("job", {})
+def test_an_execution_that_is_not_known_is_left_alone(make: Make) -> None:
+    """Somebody ran the exporter by hand, or the runner has forgotten it."""
+    make("").runner.cancel("nobody")
 
 
 @pytest.mark.parametrize("job_id", ["--force", "../job", "a b", ""])
-def test_what_is_no_job_id_never_becomes_an_argument(tmp_path: Path, job_id: str) -> None:
+def test_what_is_no_job_id_never_becomes_an_argument(make: Make, job_id: str) -> None:
     """Wherever it came from."""
-    with pytest.raises(Misconfigured):
-        ProcessRunner(tmp_path, {}).start(job_id, {})
+    with pytest.raises(Misconfigured, match="no job id"):
+        make("").runner.start(job_id, {})
 
 
-def test_a_url_selects_the_runner(tmp_path: Path) -> None:
-    """Cloud Run is named, and says that it is not there yet."""
-    with pytest.raises(Misconfigured) as error:
-        open_runner("run://project/region/job", log_dir=tmp_path, environment={})
-    assert error.value.error_code == "not_available_yet"
-    with pytest.raises(Misconfigured):
-        open_runner("k8s://x", log_dir=tmp_path, environment={})
+class TestProcesses:
+    """What only the embedded runner promises."""
+
+    def test_a_verdict_is_final(self, tmp_path: Path) -> None:
+        """The record says why it failed; another attempt would only say so again."""
+        runner = ProcessRunner(
+            tmp_path, {}, retry_delay=0.001, program=(sys.executable, "-c", f"{SAYS_ITS_ATTEMPT} sys.exit(1)")
+        )
+        execution = runner.start("job", {})
+        assert runner.wait(execution.name, 60) == 1
+        assert log_of(execution).split() == ["0"]
+
+    def test_it_knows_whether_a_job_is_being_worked_on(self, tmp_path: Path) -> None:
+        """Until its execution ends, and however it ends."""
+        program = "import signal; print('ready', flush=True); signal.pause()"
+        runner = ProcessRunner(tmp_path, {}, program=(sys.executable, "-c", program))
+        execution = runner.start("job", {})
+        until(lambda: "ready" in log_of(execution), "the program to be ready")
+        assert runner.is_busy("job")
+        assert not runner.is_busy("other")
+        runner.end(grace=60)
+        assert not runner.is_busy("job")
+
+    def test_what_does_not_end_is_ended(self, tmp_path: Path) -> None:
+        """SIGKILL for a task that ignores SIGTERM, and no retry."""
+        program = (
+            "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            "print('ready', flush=True)\n"
+            "while True: signal.pause()\n"
+        )
+        runner = ProcessRunner(tmp_path, {}, program=(sys.executable, "-c", program))
+        execution = runner.start("job", {})
+        until(lambda: "ready" in log_of(execution), "the program to be ready")
+        runner.end(grace=0.1)
+        assert runner.wait(execution.name, 0) == -signal.SIGKILL
+        assert log_of(execution).split() == ["ready"]
+
+    def test_the_work_outlives_the_dispatcher(self, tmp_path: Path) -> None:
+        """A dispatcher that is killed does not take its executions with it."""
+        done, gate, child = tmp_path / "done", tmp_path / "gate", tmp_path / "child.py"
+        os.mkfifo(gate)
+        child.write_text(
+            f"import os, pathlib\nos.read(os.open({str(gate)!r}, os.O_RDONLY), 1)\npathlib.Path({str(done)!r}).touch()"
+        )
+        parent = (
+            "import os, sys, signal, pathlib\n"
+            "from dispatcher.runner import ProcessRunner\n"
+            f"program = (sys.executable, {str(child)!r})\n"
+            f"ProcessRunner(pathlib.Path({str(tmp_path)!r}), {{}}, program=program).start('job', {{}})\n"
+            "os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        run = subprocess.run([sys.executable, "-c", parent], check=False)
+        assert run.returncode == -signal.SIGKILL
+        with gate.open("w") as opened:
+            opened.write("go")
+        until(done.exists, "the orphan to finish")
+
+    def test_what_cannot_be_started_is_unavailable(self, tmp_path: Path) -> None:
+        """No such program, or no place for its log: surely not started."""
+        (tmp_path / "file").write_text("")
+        for runner in (
+            ProcessRunner(tmp_path, {}, program=("/nowhere/python",)),
+            ProcessRunner(tmp_path / "file", {}),
+        ):
+            with pytest.raises(Unavailable) as refusal:
+                runner.start("job", {})
+            assert refusal.value.error_code == "unavailable"
+
+    def test_a_url_selects_it(self, tmp_path: Path) -> None:
+        """And one that selects no runner is refused."""
+        assert isinstance(open_runner("process:", log_dir=tmp_path, environment={}), ProcessRunner)
+        with pytest.raises(Misconfigured, match="run://"):
+            open_runner("k8s://x", log_dir=tmp_path, environment={})

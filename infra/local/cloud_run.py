@@ -1,0 +1,218 @@
+"""Cloud Run Jobs on this machine: a server that speaks the API's own gRPC and runs executions as processes."""
+
+import os
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import grpc
+from google.cloud import run_v2
+from google.longrunning import operations_pb2
+
+from dispatcher.errors import Unavailable
+from dispatcher.runner import EXPORTER, Execution, ProcessRunner
+from infra.local.servers import HOST, STOP_SECONDS
+
+IMAGE_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH")
+"""All that a task gets of this process's environment; in the cloud its container image brings these."""
+_CALLS_AT_ONCE = 32
+
+Request = run_v2.RunJobRequest | run_v2.CancelExecutionRequest | run_v2.GetExecutionRequest
+
+
+class LocalCloudRun:
+    """One Cloud Run job and its executions.
+
+    A task gets the variables of its image, of the job's template and of the overrides, and nothing else. Like Cloud
+    Run, it is started again after any exit code but 0. Executions have one task; a template has no arguments;
+    operations are not stored, and a cancelled task that ignores SIGTERM goes on until the server is closed.
+
+    Args:
+        project, region, job: The names the job goes by; any other is NOT_FOUND.
+        log_dir: One log file per execution lies here; its `log_uri` names it.
+        environment: The variables of the job's template.
+        program: What the image runs.
+        max_retries: How often a failed task is started again.
+        retry_delay: Seconds before the first retry; it doubles each time.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        region: str,
+        job: str,
+        *,
+        log_dir: Path,
+        environment: Mapping[str, str],
+        program: Sequence[str] = EXPORTER,
+        max_retries: int = 3,
+        retry_delay: float = 0.1,
+    ) -> None:
+        self.job = f"projects/{project}/locations/{region}/jobs/{job}"
+        self.requests: list[Request] = []
+        """Every request received, whatever became of it."""
+        self.gate = threading.Event()
+        """While it is cleared, RunJob waits before it starts anything; whoever has hung up by then gets nothing."""
+        self.gate.set()
+        self._short_name = job
+        image = {name: os.environ[name] for name in IMAGE_VARIABLES if name in os.environ}
+        task = {"CLOUD_RUN_JOB": job, "CLOUD_RUN_TASK_INDEX": "0", "CLOUD_RUN_TASK_COUNT": "1"}
+        self._processes = ProcessRunner(
+            log_dir,
+            {**image, **task, **environment},
+            max_retries=max_retries,
+            retry_delay=retry_delay,
+            program=program,
+            final_codes=(0,),
+            inherits=False,
+        )
+        self._refusals: deque[grpc.StatusCode] = deque()
+        self._answers_to_lose = 0
+        self._executions: dict[str, Execution] = {}
+        self._cancelled: set[str] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def executions(self) -> list[str]:
+        """The short names of all executions, in the order of their start."""
+        with self._lock:
+            return list(self._executions)
+
+    def refuse(self, status: grpc.StatusCode, times: int = 1) -> None:
+        """Answer the next calls, of whatever method, with this status and do nothing."""
+        with self._lock:
+            self._refusals.extend([status] * times)
+
+    def lose_answers(self, times: int = 1) -> None:
+        """Do what the next RunJob calls ask for, and then answer UNAVAILABLE."""
+        with self._lock:
+            self._answers_to_lose += times
+
+    def wait(self, execution: str, timeout: float | None = None) -> int | None:
+        """The exit code of an execution's last task; None when it has not ended after `timeout` seconds."""
+        return self._processes.wait(execution, timeout)
+
+    @contextmanager
+    def serving(self) -> Iterator[str]:
+        """Listen on a free port and yield `host:port`; at the end, end every execution too."""
+        with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
+            server = grpc.server(pool, options=[("grpc.so_reuseport", 0)])
+            server.add_generic_rpc_handlers(self._services())
+            port = server.add_insecure_port(f"{HOST}:0")
+            server.start()
+            try:
+                yield f"{HOST}:{port}"
+            finally:
+                stopped = server.stop(grace=None)
+                self.gate.set()
+                stopped.wait()
+                # A call may still be starting its process.
+                pool.shutdown()
+                self._processes.end(grace=STOP_SECONDS)
+
+    def _services(self) -> tuple[grpc.GenericRpcHandler, ...]:
+        operation = operations_pb2.Operation.SerializeToString
+        jobs = {"RunJob": _method(self._run_job, run_v2.RunJobRequest, operation)}
+        executions = {
+            "CancelExecution": _method(self._cancel, run_v2.CancelExecutionRequest, operation),
+            "GetExecution": _method(self._get, run_v2.GetExecutionRequest, run_v2.Execution.serialize),
+        }
+        return (
+            grpc.method_handlers_generic_handler("google.cloud.run.v2.Jobs", jobs),
+            grpc.method_handlers_generic_handler("google.cloud.run.v2.Executions", executions),
+        )
+
+    def _run_job(self, request: run_v2.RunJobRequest, context: grpc.ServicerContext) -> operations_pb2.Operation:
+        self._receive(request, context)
+        if request.name != self.job:
+            _abort(context, grpc.StatusCode.NOT_FOUND, f"Resource '{request.name}' of kind 'JOB' does not exist.")
+        overrides = list(request.overrides.container_overrides)
+        if len(overrides) > 1:
+            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "The job has one container.")
+        self.gate.wait()
+        if not context.is_active():
+            _abort(context, grpc.StatusCode.CANCELLED, "The caller hung up before anything was started.")
+        arguments = [argument for override in overrides for argument in override.args]
+        variables = {variable.name: variable.value for override in overrides for variable in override.env}
+        name = f"{self._short_name}-{secrets.token_hex(4)}"
+        try:
+            started = self._processes.execute(name, arguments, variables)
+        except Unavailable as error:
+            _abort(context, grpc.StatusCode.INTERNAL, error.message)
+        with self._lock:
+            self._executions[name] = started
+            lost = self._answers_to_lose > 0
+            self._answers_to_lose -= lost
+        if lost:
+            _abort(context, grpc.StatusCode.UNAVAILABLE, "The answer was lost.")
+        return self._operation(name)
+
+    def _cancel(
+        self, request: run_v2.CancelExecutionRequest, context: grpc.ServicerContext
+    ) -> operations_pb2.Operation:
+        self._receive(request, context)
+        name = self._known(request.name, context)
+        if self.wait(name, 0) is not None:
+            _abort(context, grpc.StatusCode.FAILED_PRECONDITION, "The execution has ended.")
+        with self._lock:
+            self._cancelled.add(name)
+        self._processes.cancel(name)
+        return self._operation(name)
+
+    def _get(self, request: run_v2.GetExecutionRequest, context: grpc.ServicerContext) -> run_v2.Execution:
+        self._receive(request, context)
+        return self._described(self._known(request.name, context))
+
+    def _receive(self, request: Request, context: grpc.ServicerContext) -> None:
+        with self._lock:
+            self.requests.append(request)
+            refusal = self._refusals.popleft() if self._refusals else None
+        if refusal is not None:
+            _abort(context, refusal, "Refused, as a test wants it.")
+
+    def _known(self, full_name: str, context: grpc.ServicerContext) -> str:
+        parent, _, name = full_name.rpartition("/executions/")
+        with self._lock:
+            known = parent == self.job and name in self._executions
+        if not known:
+            _abort(context, grpc.StatusCode.NOT_FOUND, f"Resource '{full_name}' of kind 'EXECUTION' does not exist.")
+        return name
+
+    def _operation(self, name: str) -> operations_pb2.Operation:
+        parent = self.job.rpartition("/jobs/")[0]
+        operation = operations_pb2.Operation(name=f"{parent}/operations/{secrets.token_hex(8)}")
+        operation.metadata.Pack(run_v2.Execution.pb(self._described(name)))
+        return operation
+
+    def _described(self, name: str) -> run_v2.Execution:
+        code = self.wait(name, 0)
+        with self._lock:
+            started, cancelled = self._executions[name], name in self._cancelled
+        failed = code not in (None, 0)
+        return run_v2.Execution(
+            name=f"{self.job}/executions/{name}",
+            log_uri=started.log_uri,
+            task_count=1,
+            running_count=int(code is None),
+            succeeded_count=int(code == 0),
+            failed_count=int(failed and not cancelled),
+            cancelled_count=int(failed and cancelled),
+        )
+
+
+def _method(
+    answer: Callable[..., object], request: type[Request], serializer: Callable[..., bytes]
+) -> grpc.RpcMethodHandler:
+    return grpc.unary_unary_rpc_method_handler(
+        answer, request_deserializer=request.deserialize, response_serializer=serializer
+    )
+
+
+def _abort(context: grpc.ServicerContext, status: grpc.StatusCode, details: str) -> NoReturn:
+    context.abort(status, details)
+    raise AssertionError("gRPC's abort always raises")
