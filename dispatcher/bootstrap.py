@@ -1,6 +1,5 @@
 """The one place where the dispatcher's parts are wired together, once per process and on first use."""
 
-import logging
 import sys
 import threading
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from dispatcher import logs
 from dispatcher.artifacts import ArtifactStore, open_artifacts
 from dispatcher.jobqueue import JobQueue, open_queue
 from dispatcher.records import RecordStore, open_records
-from dispatcher.runner import JobRunner, ProcessRunner, open_runner
+from dispatcher.runner import JobRunner, open_runner
 from dispatcher.service import Service
 from dispatcher.settings import Settings
 from dispatcher.tokens import TokenStore, open_tokens
@@ -36,8 +35,7 @@ class Stack:
     def close(self) -> None:
         """Let the queue deliver what is due, and release what is open; started executions go on."""
         self.queue.close()
-        if isinstance(self.runner, ProcessRunner):
-            self.runner.close()
+        self.runner.close()
         self.records.close()
 
 
@@ -90,6 +88,7 @@ def current() -> Stack:
     """This process's stack. functions-framework loads `main.py` as a second module, so it cannot keep it."""
     with _lock:
         if not _installed:
-            logs.configure(sys.stdout, {"service": "dispatcher"}, level=logging.INFO)
-            _installed.append(build(Settings.from_env()))
+            settings = Settings.from_env()
+            logs.configure(sys.stdout, {"service": "dispatcher"}, project_id=settings.project_id)
+            _installed.append(build(settings))
         return _installed[0]

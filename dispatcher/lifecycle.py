@@ -115,7 +115,13 @@ def transition(
 def _effects(record: ExportRecord, to: State, by: Actor) -> dict[str, Any]:
     """What a move does to the fields besides the lease."""
     if to is Q:
-        anew: dict[str, Any] = {"stage": None, "progress": 0.0, "execution": None, "published_at": None}
+        anew: dict[str, Any] = {
+            "stage": None,
+            "progress": 0.0,
+            "execution": None,
+            "log_uri": None,
+            "published_at": None,
+        }
         if record.state not in (S, R):
             anew |= {"error": None, "artifacts": (), "summary": {}, "attempt": 0, "launches": 0}
         elif record.state is S and by is Actor.TRIGGER:
@@ -125,7 +131,7 @@ def _effects(record: ExportRecord, to: State, by: Actor) -> dict[str, Any]:
         claimed = {"attempt": record.attempt + 1, "launches": 0}
         return claimed | {"stage": "claimed", "progress": 0.0, "error": None}
     if to is S:
-        return {"execution": None, "launches": record.launches + 1}
+        return {"execution": None, "log_uri": None, "launches": record.launches + 1}
     if to is DONE:
         return {"stage": None, "progress": 1.0, "error": None, "token_ref": None}
     return {"stage": None}

@@ -37,12 +37,17 @@ def clean(text: str, *, limit: int = MAX_TEXT) -> str:
 
 @contextmanager
 def bound(**fields: Any) -> Iterator[None]:
-    """Adds fields to every line logged inside, in this thread: ids of a request, a message, an export."""
+    """Adds fields to every line logged inside, in this context: ids, or a W3C `traceparent`."""
     token = _BOUND.set({**_BOUND.get(), **fields})
     try:
         yield
     finally:
         _BOUND.reset(token)
+
+
+def traceparent_of(text: str | None) -> str | None:
+    """`text` if it is a W3C `traceparent`, else None: it is passed on to messages and executions."""
+    return text if _TRACEPARENT.fullmatch(text or "") else None
 
 
 def trace_fields(traceparent: str | None, project_id: str | None) -> dict[str, str]:
@@ -73,20 +78,28 @@ class SecretFilter(logging.Filter):
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON: severity, message, time, logger, ids, extra fields, exception."""
+    """A record as one line of JSON: severity, message, time, logger, trace, ids, extra fields, exception.
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
+    Args:
+        fields: Part of every line.
+        project_id: Whose traces a `traceparent` among the fields belongs to.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], project_id: str | None = None) -> None:
         super().__init__()
         self._fields = dict(fields)
+        self._project_id = project_id
 
     def format(self, record: logging.LogRecord) -> str:
         extra = {name: value for name, value in vars(record).items() if name not in _STANDARD}
         fields = {**self._fields, **_BOUND.get(), **extra}
+        trace = trace_fields(fields.pop("traceparent", None), self._project_id)
         line: dict[str, Any] = {
             "severity": record.levelname,
             "message": clean(record.getMessage()),
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
             "logger": record.name,
+            **trace,
             **{name: _plain(value) for name, value in fields.items() if value is not None},
         }
         if record.exc_text:
@@ -98,11 +111,17 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float) else clean(str(value))
 
 
-def configure(stream: TextIO, fields: Mapping[str, Any] | None = None, *, level: int = logging.INFO) -> None:
+def configure(
+    stream: TextIO,
+    fields: Mapping[str, Any] | None = None,
+    *,
+    project_id: str | None = None,
+    level: int = logging.INFO,
+) -> None:
     """Send all logging of this process to `stream`, one JSON object a line, each with `fields`."""
     handler = logging.StreamHandler(stream)
     handler.addFilter(SecretFilter())
-    handler.setFormatter(JsonFormatter(fields or {}))
+    handler.setFormatter(JsonFormatter(fields or {}, project_id))
     logging.basicConfig(handlers=[handler], level=level, force=True)
     # httpx logs every request URL at INFO: noise in a log that has its own line per request.
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -1,4 +1,5 @@
-"""The functions-framework targets: `export_api` answers HTTP, `start_export` takes the queue's messages.
+"""The functions-framework targets: `export_api` answers HTTP, `start_export` takes the queue's messages, `fail_export`
+its dead letters.
 
 An `http` target is called for every path and method, so this file routes and refuses by itself.
 """
@@ -10,6 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ from dispatcher.errors import (
     Unauthenticated,
 )
 from dispatcher.identity import caller
-from dispatcher.logs import bound, clean, trace_fields
+from dispatcher.logs import bound, clean, traceparent_of
 from dispatcher.service import Service
 
 if TYPE_CHECKING:
@@ -48,8 +50,7 @@ Handler = Callable[["flask.Request", str], Answer]
 def export_api(request: "flask.Request") -> Answer:
     """Answer one HTTP request; every fault becomes a problem document (RFC 9457)."""
     began = time.perf_counter()
-    traceparent = request.headers.get("traceparent")
-    with bound(**trace_fields(traceparent, None)):
+    with bound(traceparent=traceparent_of(request.headers.get("traceparent"))):
         try:
             answer = _routed(request)
         except ExportError as error:
@@ -63,19 +64,38 @@ def export_api(request: "flask.Request") -> Answer:
 
 def start_export(cloud_event: "CloudEvent") -> None:
     """Start the execution that a Pub/Sub message asks for; raising asks for another delivery."""
+    message = _pushed(cloud_event)
+    with bound(message_id=message.message_id, traceparent=message.attributes.get("traceparent")):
+        bootstrap.current().trigger.deliver(message.body, message.attributes, message_id=message.message_id)
+
+
+def fail_export(cloud_event: "CloudEvent") -> None:
+    """Fail the export that a dead letter names; raising asks for another delivery."""
+    message = _pushed(cloud_event)
+    with bound(message_id=message.message_id, traceparent=message.attributes.get("traceparent")):
+        bootstrap.current().trigger.deliver_dead(message.body, message_id=message.message_id)
+
+
+@dataclass(frozen=True)
+class _Pushed:
+    message_id: str
+    body: bytes
+    attributes: dict[str, str]
+
+
+def _pushed(cloud_event: "CloudEvent") -> _Pushed:
+    """The Pub/Sub message in a CloudEvent, be it Eventarc's or one that functions-framework made of a raw push."""
     data = cloud_event.data
     message = data.get("message") if isinstance(data, dict) else None
     message = message if isinstance(message, dict) else {}
     message_id = str(message.get("messageId") or message.get("message_id") or cloud_event["id"])
     attributes = message.get("attributes")
     attributes = attributes if isinstance(attributes, dict) else {}
-    with bound(message_id=message_id, **trace_fields(str(attributes.get("traceparent")), None)):
-        try:
-            body = base64.b64decode(message.get("data") or "", validate=True)
-        except (binascii.Error, TypeError, ValueError):
-            body = b""  # which is no JobMessage either, and is dropped as such
-        texts = {str(name): str(value) for name, value in attributes.items()}
-        bootstrap.current().trigger.deliver(body, texts, message_id=message_id)
+    try:
+        body = base64.b64decode(message.get("data") or "", validate=True)
+    except (binascii.Error, TypeError, ValueError):
+        body = b""  # which is no JobMessage either, and is dropped as such
+    return _Pushed(message_id, body, {str(name): str(value) for name, value in attributes.items()})
 
 
 def _routed(request: "flask.Request") -> Answer:
@@ -112,7 +132,8 @@ def _health(request: "flask.Request", _: str) -> Answer:
 def _submit(request: "flask.Request", _: str) -> Answer:
     service, user = _caller(request)
     wanted = _export_request(_body(request))
-    record = service.submit(wanted, user, traceparent=request.headers.get("traceparent"))
+    with bound(job_id=wanted.job_id, export_id=wanted.export_id):
+        record = service.submit(wanted, user, traceparent=traceparent_of(request.headers.get("traceparent")))
     answer = answers.submitted(record, service.now())
     if record.state is State.COMPLETED:
         return _json(answer)

@@ -8,10 +8,11 @@ from datetime import UTC, datetime, timedelta
 import pydantic
 
 from dispatcher import lifecycle
-from dispatcher.contract import UNFINISHED, ExportRecord, JobMessage, Lease, State
+from dispatcher.contract import UNFINISHED, ExportRecord, Failure, JobMessage, Lease, State
 from dispatcher.errors import ExportError, LaunchInDoubt, Unavailable
 from dispatcher.jobqueue import JobQueue
 from dispatcher.lifecycle import Actor, transition
+from dispatcher.logs import bound
 from dispatcher.records import RecordStore, every_export, update
 from dispatcher.runner import JobRunner
 
@@ -56,13 +57,21 @@ class Trigger:
         Raises:
             ExportError: Deliver it again.
         """
-        try:
-            message = JobMessage.model_validate_json(body)
-        except (pydantic.ValidationError, RecursionError):
-            # No delivery will ever read better; refusing it would only bring it back until it is dead.
-            logger.error("a message that is no JobMessage was dropped", extra={"message_id": message_id})
-            return
-        self.start(message, traceparent=attributes.get("traceparent"))
+        message = _read(body, message_id)
+        if message is not None:
+            with bound(job_id=message.job_id, export_id=message.export_id):
+                self.start(message, traceparent=attributes.get("traceparent"))
+
+    def deliver_dead(self, body: bytes, *, message_id: str | None = None) -> None:
+        """Take a dead letter off the wire and `give_up` what it names; one that cannot be read is acknowledged.
+
+        Raises:
+            ExportError: Deliver it again.
+        """
+        message = _read(body, message_id)
+        if message is not None:
+            with bound(job_id=message.job_id, export_id=message.export_id):
+                self.give_up(message)
 
     def start(self, message: JobMessage, *, traceparent: str | None = None) -> None:
         """Start the execution that a message asks for, once, however often it is delivered.
@@ -90,7 +99,32 @@ class Trigger:
                 # Our own verdict just now; going on would replay it at once, and so launch for ever.
                 logger.error("export %s was given up: %s", moved.export_id, moved.error and moved.error.message)
                 return
-        raise Unavailable(f"export {message.export_id} keeps changing under us: deliver again")
+        raise _contended(message)
+
+    def give_up(self, message: JobMessage) -> None:
+        """Fail the export whose message was delivered in vain too often, unless it is under way or finished.
+
+        Raises:
+            Unavailable: Deliver it again: a launch may still succeed (`launch_in_progress`), or a port failed.
+        """
+        why = "it could not be started, however often that was tried; the dispatcher's log says why. Ask again"
+        error = Failure(code="could_not_start", message=why, retryable=True)
+        for _ in range(RACES):
+            record, now = self._records.get_export(message.export_id), self._clock()
+            if record is None:
+                logger.error("a dead letter names export %s, which does not exist", message.export_id)
+                return
+            if record.state not in (State.QUEUED, State.STARTING) or record.execution is not None:
+                logger.info("export %s is %s: its dead letter says nothing new", record.export_id, record.state)
+                return
+            if lifecycle.holds_live_lease(record, now):
+                raise _launching(record)
+            if self._records.replace_export(
+                record, lifecycle.failed(record, by=Actor.DEAD_LETTER, error=error, now=now)
+            ):
+                logger.error("export %s was given up: %s", record.export_id, why)
+                return
+        raise _contended(message)
 
     def sweep(self, *, lost_messages: bool = False) -> dict[str, int]:
         """Put right what died: requeue or fail dead leases, publish again what waits for too long.
@@ -155,7 +189,7 @@ class Trigger:
             return None
         if record.state is State.STARTING:
             # Not acknowledged: if that launch died, the next delivery after its lease tries again.
-            raise Unavailable(f"export {record.export_id} is being launched", code="launch_in_progress")
+            raise _launching(record)
         lease_id = uuid.uuid4().hex
         # The owner is this one delivery: two deliveries with one owner would both take the lease for theirs.
         lease = Lease(lease_id=lease_id, owner=f"trigger:{lease_id}", expires_at=now + self._lease)
@@ -192,7 +226,7 @@ class Trigger:
             return lifecycle.noted(current, self._clock(), **facts)
 
         update(self._records, record.export_id, launched)
-        logger.info("export %s: execution %s was started", record.export_id, execution.name)
+        logger.info("an execution was started", extra={"execution": execution.name})
 
     def _tended(self, record: ExportRecord, *, lost_messages: bool) -> list[str]:
         """What was done for an unfinished record; see `sweep`."""
@@ -209,3 +243,20 @@ class Trigger:
             self.publish(record)
             return ["published"]
         return []
+
+
+def _read(body: bytes, message_id: str | None) -> JobMessage | None:
+    try:
+        return JobMessage.model_validate_json(body)
+    except (pydantic.ValidationError, RecursionError):
+        # No delivery will ever read better; refusing it would only bring it back until it is dead.
+        logger.error("a message that is no JobMessage was dropped", extra={"message_id": message_id})
+        return None
+
+
+def _launching(record: ExportRecord) -> Unavailable:
+    return Unavailable(f"export {record.export_id} is being launched", code="launch_in_progress")
+
+
+def _contended(message: JobMessage) -> Unavailable:
+    return Unavailable(f"export {message.export_id} keeps changing under us: deliver again")

@@ -27,12 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _stop_on_signals(stop)
     try:
         settings = Settings.from_env()
-        fields = {
-            "job_id": args.job_id,
-            "execution": settings.execution,
-            **logs.trace_fields(settings.traceparent, settings.project_id),
-        }
-        logs.configure(sys.stderr, fields)
+        fields = {"job_id": args.job_id, "execution": settings.execution, "traceparent": settings.traceparent}
+        logs.configure(sys.stderr, fields, project_id=settings.project_id)
         if not is_job_id(args.job_id):
             raise InvalidRequest(f"{args.job_id[:80]!r} is not a job id.", code="job_id_invalid")
         if args.quantization and args.export_type != ExportType.GGUF:

@@ -26,7 +26,7 @@ from dispatcher.errors import (
     Unavailable,
 )
 from dispatcher.lifecycle import Actor, completed, failed, noted, requested, transition
-from dispatcher.logs import clean
+from dispatcher.logs import bound, clean
 from dispatcher.records import RecordStore, update
 from dispatcher.tokens import TokenStore
 from exporter.lease import Claim, Heartbeat, Interrupted, claim, utc_now
@@ -94,7 +94,8 @@ def run_job(order: Order, stores: Stores, stop: threading.Event) -> ExitCode:
         return _refuse(order, order.export_id, error, stores)
     worst = ExitCode.DONE
     for record in _ordered(order, stores, job):
-        worst = max(worst, _run_export(record, order, stores, job, stop))
+        with bound(export_id=record.export_id):
+            worst = max(worst, _run_export(record, order, stores, job, stop))
         if stop.is_set():
             return max(worst, ExitCode.TRY_AGAIN)
     return worst

@@ -1,5 +1,6 @@
 """Holding an export while working on it: the claim, the heartbeat, and the moment to stop."""
 
+import contextvars
 import logging
 import secrets
 import threading
@@ -7,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from types import TracebackType
 from typing import Protocol
 
@@ -17,7 +19,9 @@ from dispatcher.records import RecordStore, update
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
-"""How often stage and progress are written, a cancellation is seen, and the lease is extended."""
+"""How often the record is read, so that a cancellation is seen."""
+WRITE_SECONDS = 2.0
+"""How often stage and progress are written at most: Firestore takes about one write a second to one document."""
 
 
 class Interrupted(ExportError):
@@ -67,6 +71,8 @@ def claim(records: RecordStore, export_id: str, *, execution: str, handed: str |
             holding=handed,
             lease=lease,
             execution=execution,
+            # Where another execution's log lies would only mislead.
+            log_uri=record.log_uri if record.execution == execution else None,
         )
 
     return Claim(update(records, export_id, change), lease_id)
@@ -89,9 +95,13 @@ class Heartbeat:
         self._stop = stop
         self._stage, self._progress = "claimed", 0.0
         self._error: ExportError | None = None
-        self._expires = time.monotonic() + seconds
+        self._written = time.monotonic()
+        self._said = (self._stage, self._progress)
         self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        # The ids that log lines carry belong to the context, which a thread does not inherit.
+        self._thread = threading.Thread(
+            target=contextvars.copy_context().run, args=(self._run,), name="heartbeat", daemon=True
+        )
 
     def __enter__(self) -> "Heartbeat":
         self._thread.start()
@@ -116,7 +126,7 @@ class Heartbeat:
             raise self._error
         if self._stop.is_set():
             raise Interrupted("the machine is shutting down; the export goes back to the queue")
-        if time.monotonic() > self._expires:
+        if time.monotonic() > self._written + self._seconds:
             raise Unavailable(
                 f"no heartbeat of {self._claim.record.export_id} got through for {self._seconds} s",
                 code="heartbeat_failed",
@@ -139,9 +149,10 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._wake.wait(min(BEAT_SECONDS, self._seconds / 4)):
-            started = time.monotonic()
+            started, said = time.monotonic(), (self._stage, self._progress)
+            due = self._is_due(started, said)
             try:
-                update(self._records, self._claim.record.export_id, self._renewed)
+                update(self._records, self._claim.record.export_id, partial(self._beaten, said, due))
             except LeaseLost as error:
                 self._error = error
                 return
@@ -153,18 +164,23 @@ class Heartbeat:
                 self._error = Unavailable(f"the heartbeat failed: {error}", code="heartbeat_failed")
                 return
             else:
-                self._expires = started + self._seconds
+                if due:
+                    self._written, self._said = started, said
 
-    def _renewed(self, record: ExportRecord) -> ExportRecord:
+    def _is_due(self, now: float, said: tuple[str, float]) -> bool:
+        """Whether the record is to be written: there is news, or a third of the lease has gone."""
+        age = now - self._written
+        return age >= self._seconds / 3 or (age >= WRITE_SECONDS and said != self._said)
+
+    def _beaten(self, said: tuple[str, float], due: bool, record: ExportRecord) -> ExportRecord | None:
         now = utc_now()
-        return renewed(
-            record,
-            holding=self._claim.lease_id,
-            expires_at=now + timedelta(seconds=self._seconds),
-            stage=self._stage,
-            progress=self._progress,
-            now=now,
+        lease_end = now + timedelta(seconds=self._seconds)
+        stage, progress = said
+        # Made even when it is not due, since it is what notices that the lease is lost.
+        new = renewed(
+            record, holding=self._claim.lease_id, expires_at=lease_end, stage=stage, progress=progress, now=now
         )
+        return new if due else None
 
 
 Report = Callable[[str, float], None]

@@ -1,0 +1,96 @@
+"""Holding an export: how often its record is written, and that the lease does not run out meanwhile."""
+
+import io
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dispatcher.contract import ExportRecord, State
+from dispatcher.logs import bound, configure
+from dispatcher.sqlite_records import SqliteRecords
+from exporter import lease
+from exporter.lease import Claim, Heartbeat, claim
+from tests.dispatcher.test_lifecycle import record
+from tests.waiting import until
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Iterator[SqliteRecords]:
+    records = SqliteRecords(tmp_path / "records.db")
+    records.create_export(record(State.QUEUED))
+    yield records
+    records.close()
+
+
+def claimed(records: SqliteRecords, *, seconds: int = 120) -> Claim:
+    return claim(records, "job.merged", execution="e", handed=None, seconds=seconds)
+
+
+def stored(records: SqliteRecords) -> ExportRecord:
+    found = records.get_export("job.merged")
+    assert found is not None
+    return found
+
+
+def test_news_are_written_seldom_however_fast_they_come(
+    records: SqliteRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Firestore takes about one write a second to one document; the record is read far more often."""
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "WRITE_SECONDS", 0.25)
+    ours = claimed(records)
+    with Heartbeat(records, ours, seconds=120, stop=threading.Event()) as heartbeat:
+        began = time.monotonic()
+        while stored(records).revision < ours.record.revision + 3:
+            heartbeat.report("merging", min(1.0, (time.monotonic() - began) / 60))
+        took = time.monotonic() - began
+    assert took >= 0.7
+    assert stored(records).stage == "merging"
+
+
+def test_without_news_nothing_is_written_until_a_third_of_the_lease_is_gone(
+    records: SqliteRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then it is extended, over and over."""
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.01)
+    ours = claimed(records, seconds=1)
+    with Heartbeat(records, ours, seconds=1, stop=threading.Event()):
+        began = time.monotonic()
+        until(lambda: stored(records).revision >= ours.record.revision + 4, "four extensions")
+        took = time.monotonic() - began
+    assert took >= 1.2
+    assert ours.record.lease is not None
+    assert (held := stored(records).lease) is not None
+    assert held.expires_at > ours.record.lease.expires_at
+
+
+def test_the_heartbeat_logs_with_the_ids_of_its_export(records: SqliteRecords, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread does not inherit them by itself."""
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.01)
+    lines = io.StringIO()
+    before = logging.root.handlers[:], logging.root.level
+    configure(lines)
+    try:
+        with bound(export_id="job.merged"), Heartbeat(records, claimed(records), seconds=120, stop=threading.Event()):
+            records.close()
+            monkeypatch.setattr(records, "get_export", lambda export_id: 1 / 0)
+            until(lambda: "the heartbeat failed" in lines.getvalue(), "a line of the heartbeat's")
+    finally:
+        logging.root.handlers[:], logging.root.level = before
+    assert json.loads(lines.getvalue())["export_id"] == "job.merged"
+
+
+def test_a_log_of_another_execution_is_not_shown_as_this_ones(records: SqliteRecords) -> None:
+    """An operator's rerun has its own."""
+    ours = claimed(records)
+    found = ours.record.model_copy(update={"log_uri": "file:///theirs", "revision": ours.record.revision + 1})
+    records.replace_export(ours.record, found)
+    again = claim(records, "job.merged", execution="e", handed=None, seconds=120)
+    assert again.record.log_uri == "file:///theirs"
+    other = claim(records, "job.merged", execution="by-hand", handed=again.lease_id, seconds=120)
+    assert other.record.log_uri is None
