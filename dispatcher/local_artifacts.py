@@ -8,9 +8,20 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path, PurePosixPath
+from typing import Self
 
-from dispatcher.artifacts import SMALL_FILE_LIMIT, ArtifactWriter, StoredFile, path_of
+from dispatcher.artifacts import (
+    SMALL_FILE_LIMIT,
+    ArtifactReader,
+    ArtifactWriter,
+    StoredFile,
+    byte_view,
+    checked_path,
+    path_of,
+    read_whole,
+)
 from dispatcher.contract import fingerprint_of
 from dispatcher.crc32c import Crc32c
 from dispatcher.errors import ArtifactConflict, Misconfigured, NotFound, SourceError, StorageFull, Unavailable
@@ -47,24 +58,10 @@ class LocalArtifacts:
         return sorted(found, key=lambda file: file.name)
 
     def read(self, uri: str, *, limit: int = SMALL_FILE_LIMIT) -> bytes:
-        data = self.read_range(uri, 0, limit + 1)
-        if len(data) > limit:
-            raise SourceError(
-                f"{path_of(uri)} is over {limit} bytes, too large for what it should be",
-                code="file_too_large",
-            )
-        return data
+        return read_whole(self, uri, limit)
 
-    def read_range(self, uri: str, offset: int, length: int) -> bytes:
-        path = path_of(uri)
-        try:
-            with path.open("rb") as file:
-                file.seek(offset)
-                return file.read(length)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise NotFound(f"there is no file {path}", code="file_not_found") from error
-        except OSError as error:
-            raise Unavailable(f"{path} cannot be read: {error.strerror}") from error
+    def open(self, uri: str) -> ArtifactReader:
+        return _LocalReader(path_of(uri))
 
     def exists(self, uri: str) -> bool:
         return path_of(uri).is_file()
@@ -94,6 +91,9 @@ class LocalArtifacts:
     def fingerprint(self, uri: str) -> str:
         return fingerprint_of([(file.name, file.size, file.crc32c) for file in self.list(uri)])
 
+    def download_url(self, uri: str, expires: timedelta) -> str | None:
+        return path_of(uri).as_uri()
+
     def checksum(self, path: Path) -> str:
         """The file's crc32c, read once per (path, size, modification time)."""
         try:
@@ -118,10 +118,7 @@ class LocalArtifacts:
             self._checksums[key] = crc32c
 
     def _inside(self, path: str) -> Path:
-        parts = path.split("/")
-        if not path or "\0" in path or any(part in ("", ".", "..") for part in parts):
-            raise Misconfigured(f"{path!r} is no path inside the artifact store: expected a/b/c without '..'")
-        return self._root / PurePosixPath(path)
+        return self._root / PurePosixPath(checked_path(path))
 
 
 def _is_utf8(name: str) -> bool:
@@ -170,6 +167,47 @@ def _reserve(descriptor: int, size: int) -> None:
             raise
 
 
+class _LocalReader:
+    """Reads through one descriptor, which keeps the very file that it was opened on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            # Without O_NONBLOCK, opening a pipe would wait for its other end.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise self._missing() from error
+        except OSError as error:
+            raise self._unreadable(error) from error
+        facts = os.fstat(self._descriptor)
+        self.size = facts.st_size
+        if not stat.S_ISREG(facts.st_mode):
+            os.close(self._descriptor)
+            raise self._missing()
+
+    def read(self, offset: int, length: int) -> bytes:
+        blocks = []
+        try:
+            while block := os.pread(self._descriptor, length, offset):
+                blocks.append(block)
+                offset, length = offset + len(block), length - len(block)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return b"".join(blocks)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    def _missing(self) -> NotFound:
+        return NotFound(f"there is no file {self._path}", code="file_not_found")
+
+    def _unreadable(self, error: OSError) -> Unavailable:
+        return Unavailable(f"{self._path} cannot be read: {error.strerror}")
+
+
 class _LocalWriter:
     """Writes a hidden temporary file beside its target; `commit` links it into place."""
 
@@ -190,7 +228,7 @@ class _LocalWriter:
             raise self._translated(error) from error
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        view = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")
+        view = byte_view(data)
         self._crc.update(data)
         self._size += view.nbytes
         try:

@@ -2,14 +2,16 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from dispatcher.artifacts import ArtifactStore
-from dispatcher.errors import VerificationFailed
+from dispatcher.artifacts import ArtifactReader, ArtifactStore
+from dispatcher.errors import NotFound, VerificationFailed
 from exporter.adapter import Adapter
 from exporter.checkpoint import Checkpoint, Tensor, TensorFile, open_checkpoint
 from exporter.gemma import Family, canonical_name
@@ -22,8 +24,16 @@ SAMPLED_BYTES = 65536
 FLOAT32_EPS = 2.0**-24
 
 Item = TypeVar("Item")
-_Place = tuple[OutputFile, str, Tensor, int]
-"""A tensor of the output: its file, that file's URI, and the offset of its bytes there."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor of the output."""
+
+    file: OutputFile
+    tensor: Tensor
+    start: int
+    """The offset of its bytes in the file."""
 
 
 def verify_merged(store: ArtifactStore, directory: str, plan: Plan, adapter: Adapter) -> dict[str, Any]:
@@ -40,28 +50,20 @@ def verify_merged(store: ArtifactStore, directory: str, plan: Plan, adapter: Ada
     """
     if plan.merged == 0:
         raise VerificationFailed("the plan merges no tensor at all.", code="nothing_changed")
-    sizes = {file.name: file.size for file in store.list(store.uri(directory), checksums=False)}
-    merged: list[_Place] = []
-    copied: list[_Place] = []
-    for planned in plan.files:
-        uri = store.uri(f"{directory}/{planned.name}")
-        if sizes.get(planned.name) != planned.size or store.read_range(uri, 0, len(planned.header)) != planned.header:
-            raise VerificationFailed(f"{planned.name} is not of the planned size and header.", code="header_differs")
-        for tensor, start in _written(planned):
-            if tensor.nbytes == 0:
-                continue
-            (merged if tensor.name in planned.merges else copied).append((planned, uri, tensor, start))
+    written = [place for planned in plan.files for place in _written(planned) if place.tensor.nbytes]
+    merged = _spread([place for place in written if place.tensor.name in place.file.merges])
+    copied = _spread([place for place in written if place.tensor.name not in place.file.merges])
     worst = 0.0
-    for planned, uri, tensor, start in _spread(merged):
-        worst = max(worst, _merge_error(store, uri, planned, tensor, start, adapter))
-    for planned, uri, tensor, start in _spread(copied):
-        length = min(tensor.nbytes, SAMPLED_BYTES)
-        if store.read_range(uri, start, length) != _source_bytes(planned.source, tensor.start, length):
-            raise VerificationFailed(f"{tensor.name} differs from the base's.", code="copy_differs")
+    for planned in plan.files:
+        with _opened(store, directory, planned) as output:
+            for place in (place for place in merged if place.file is planned):
+                worst = max(worst, _merge_error(output, place, adapter))
+            for place in (place for place in copied if place.file is planned):
+                _refuse_copy_that_differs(output, place)
     return {
         "files": len(plan.files),
-        "merged_sampled": len(_spread(merged)),
-        "copied_sampled": len(_spread(copied)),
+        "merged_sampled": len(merged),
+        "copied_sampled": len(copied),
         "worst_error_ulp": round(worst, 4),
     }
 
@@ -94,11 +96,24 @@ def verify_reference(written: Path, base: Checkpoint, family: Family) -> dict[st
     return {"tensors_read": checked, "tensors_changed": changed}
 
 
-def _written(planned: OutputFile) -> list[tuple[Tensor, int]]:
+@contextmanager
+def _opened(store: ArtifactStore, directory: str, planned: OutputFile) -> Iterator[ArtifactReader]:
+    """A written file, open, whose size and header are as planned."""
+    try:
+        reader = store.open(store.uri(f"{directory}/{planned.name}"))
+    except NotFound as error:
+        raise VerificationFailed(f"{planned.name} is not there any more.", code="header_differs") from error
+    with reader as output:
+        if output.size != planned.size or output.read(0, len(planned.header)) != planned.header:
+            raise VerificationFailed(f"{planned.name} is not of the planned size and header.", code="header_differs")
+        yield output
+
+
+def _written(planned: OutputFile) -> list[_Place]:
     """Each tensor of an output file with the offset it was written at."""
     start, found = len(planned.header), []
     for tensor in planned.source.tensors:
-        found.append((tensor, start))
+        found.append(_Place(planned, tensor, start))
         start += tensor.nbytes
     return found
 
@@ -115,15 +130,19 @@ def _source_bytes(file: TensorFile, offset: int, length: int) -> bytes:
         return os.pread(source.fileno(), length, offset)
 
 
-def _merge_error(
-    store: ArtifactStore, uri: str, planned: OutputFile, tensor: Tensor, start: int, adapter: Adapter
-) -> float:
+def _refuse_copy_that_differs(output: ArtifactReader, place: _Place) -> None:
+    length = min(place.tensor.nbytes, SAMPLED_BYTES)
+    if output.read(place.start, length) != _source_bytes(place.file.source, place.tensor.start, length):
+        raise VerificationFailed(f"{place.tensor.name} differs from the base's.", code="copy_differs")
+
+
+def _merge_error(output: ArtifactReader, place: _Place, adapter: Adapter) -> float:
     """The worst error, in ulps, of some rows of a merged tensor against float64.
 
     The bound is half an ulp for the one rounding, plus the float32 error of a dot product of length rank
     (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5).
     """
-    pair = planned.merges[tensor.name]
+    tensor, pair = place.tensor, place.file.merges[place.tensor.name]
     dtype = TORCH_DTYPE[tensor.dtype]
     rows, width = tensor.shape
     row_bytes = width * dtype.itemsize
@@ -131,10 +150,10 @@ def _merge_error(
     b = read_tensor(adapter.file, pair.b)
     worst = 0.0
     for row in sorted({rows * i // SAMPLED_ROWS for i in range(SAMPLED_ROWS)}):
-        source = _source_bytes(planned.source, tensor.start + row * row_bytes, row_bytes)
-        output = store.read_range(uri, start + row * row_bytes, row_bytes)
+        source = _source_bytes(place.file.source, tensor.start + row * row_bytes, row_bytes)
+        merged = output.read(place.start + row * row_bytes, row_bytes)
         weight = torch.frombuffer(bytearray(source), dtype=dtype).double()
-        found = torch.frombuffer(bytearray(output), dtype=dtype)
+        found = torch.frombuffer(bytearray(merged), dtype=dtype)
         exact = weight + pair.scale * (b[row].double() @ a)
         size = weight.abs() + abs(pair.scale) * (b[row].double().abs() @ a.abs())
         ulp = _ulp(exact, dtype)

@@ -3,11 +3,12 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 import pytest
 from hypothesis import settings
 
-from infra.local import servers
+from infra.local import servers, storage
 
 # Set before any of these libraries is imported.
 os.environ.update(
@@ -23,18 +24,21 @@ settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 MISSING = "MISSING SERVER"
+Server = TypeVar("Server")
 
 
 @contextmanager
-def shared(start: Callable[[], AbstractContextManager[str]], variable: str) -> Iterator[str]:
-    """A server for the whole session, which clients find by an environment variable.
+def shared(
+    start: Callable[[], AbstractContextManager[Server]], variable: str, address: Callable[[Server], str] = str
+) -> Iterator[Server]:
+    """A server for the whole session, whose address clients find in an environment variable.
 
     Where it is missing, tests that need it are skipped, and fail in CI.
     """
     try:
-        with start() as address, pytest.MonkeyPatch.context() as patch:
-            patch.setenv(variable, address)
-            yield address
+        with start() as server, pytest.MonkeyPatch.context() as patch:
+            patch.setenv(variable, address(server))
+            yield server
     except servers.MissingServerError as missing:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{MISSING} {missing}")
 
@@ -51,6 +55,20 @@ def pubsub_server() -> Iterator[str]:
     """Pub/Sub's emulator; projects are made by naming them."""
     with shared(servers.pubsub, "PUBSUB_EMULATOR_HOST") as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def storage_proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[storage.StorageProxy]:
+    """Cloud Storage, with faults on demand; buckets have to be made."""
+    directory = tmp_path_factory.mktemp("storage")
+    with shared(lambda: storage.storage_proxy(directory), "STORAGE_EMULATOR_HOST", lambda proxy: proxy.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def storage_server(storage_proxy: storage.StorageProxy) -> str:
+    """Cloud Storage's URL."""
+    return storage_proxy.url
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -11,9 +11,10 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 HOST = "127.0.0.1"
 START_SECONDS = 60
@@ -65,11 +66,12 @@ def pubsub() -> Iterator[str]:
 
 
 @contextmanager
-def fake_gcs(directory: Path, *, public_url: str | None = None) -> Iterator[str]:
-    """fake-gcs-server with its objects under a directory; yields its URL.
+def fake_gcs(directory: Path | None, *, public_url: str | None = None) -> Iterator[str]:
+    """fake-gcs-server; yields its URL.
 
     Args:
-        directory: Where objects lie, one file each.
+        directory: Where objects lie, one file each, so that only what can name a file can name an object; None
+            keeps them in memory, under any name.
         public_url: Where clients reach it, when that is not the URL it listens on.
 
     Raises:
@@ -83,23 +85,38 @@ def fake_gcs(directory: Path, *, public_url: str | None = None) -> Iterator[str]
     def command(port: int) -> list[str]:
         url = public_url or f"http://{HOST}:{port}"
         where = ["-scheme", "http", "-host", HOST, "-port", str(port), "-external-url", url]
-        disk = ["-backend", "filesystem", "-filesystem-root", str(directory)]
-        return [str(binaries[0]), *where, "-public-host", url.removeprefix("http://"), *disk, "-log-level", "error"]
+        kept = ["-backend", "filesystem", "-filesystem-root", str(directory)] if directory else ["-backend", "memory"]
+        return [str(binaries[0]), *where, "-public-host", url.removeprefix("http://"), *kept, "-log-level", "error"]
 
-    directory.mkdir(parents=True, exist_ok=True)
+    if directory:
+        directory.mkdir(parents=True, exist_ok=True)
     with running("fake-gcs-server", command, path="/storage/v1/b") as port:
         yield f"http://{HOST}:{port}"
 
 
 @contextmanager
-def running(name: str, command: Callable[[int], Sequence[str]], *, path: str = "/") -> Iterator[int]:
+def running(
+    name: str,
+    command: Callable[[int], Sequence[str]],
+    *,
+    path: str = "/",
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
+) -> Iterator[int]:
     """A server process on a free port, ready when it answers `GET path`; yields the port.
+
+    Args:
+        name: What errors call it.
+        command: What to run, given the port.
+        path: Where it is asked whether it is ready.
+        environment: Its variables; None passes on our own.
+        log: Where both of its streams go; None keeps them only for an error's text.
 
     Raises:
         RuntimeError: It did not come up; the message ends with what it said.
     """
-    with tempfile.TemporaryFile() as log:
-        process, port = _started(name, command, path, log.fileno())
+    with log.open("w+b") if log else tempfile.TemporaryFile() as output:
+        process, port = _started(name, command, path, environment, output)
         try:
             yield port
         finally:
@@ -114,12 +131,16 @@ def free_port() -> int:
 
 
 def _started(
-    name: str, command: Callable[[int], Sequence[str]], path: str, log: int
+    name: str,
+    command: Callable[[int], Sequence[str]],
+    path: str,
+    environment: Mapping[str, str] | None,
+    log: IO[bytes],
 ) -> tuple[subprocess.Popen[bytes], int]:
     for _ in range(_TRIES):
         # Someone may take the port between our look and the server's; then it ends, and gets another.
         port = free_port()
-        process = subprocess.Popen(command(port), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(command(port), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         deadline = time.monotonic() + START_SECONDS
         try:
             while process.poll() is None and time.monotonic() < deadline:
@@ -130,9 +151,8 @@ def _started(
             _stop(process)
             raise
         _stop(process)
-    with open(log, "rb", closefd=False) as output:
-        output.seek(0)
-        said = output.read()[-2000:].decode(errors="replace").strip()
+    log.seek(0)
+    said = log.read()[-2000:].decode(errors="replace").strip()
     raise RuntimeError(f"{name} does not come up; it said: {said or 'nothing'}")
 
 

@@ -13,6 +13,7 @@ import pytest
 from dispatcher.artifacts import ArtifactStore, open_artifacts
 from dispatcher.records import RecordStore, open_records
 from dispatcher.tokens import TokenStore, open_tokens
+from tests.buckets import new_bucket
 
 
 @pytest.fixture(params=["sqlite", "firestore"])
@@ -61,10 +62,17 @@ def records(open_again: Callable[[], RecordStore]) -> RecordStore:
     return open_again()
 
 
-@pytest.fixture(params=["file"])
+@pytest.fixture(params=["file", "gs"])
 def artifacts(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
-    assert request.param == "file"
-    return open_artifacts((tmp_path / "artifacts").as_uri())
+    if request.param == "file":
+        return open_artifacts((tmp_path / "artifacts").as_uri())
+    return open_artifacts(f"gs://{request.getfixturevalue('bucket')}")
+
+
+@pytest.fixture
+def bucket(storage_server: str) -> str:
+    """The name of an empty bucket."""
+    return new_bucket()
 
 
 @pytest.fixture(params=["file"])

@@ -1,0 +1,246 @@
+"""Artifacts in a bucket of Cloud Storage: create-only by precondition, and read by generation."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Self
+
+from google.api_core import exceptions as api
+from google.api_core.retry import Retry
+from google.cloud.storage import Blob, Client
+from google.cloud.storage.retry import DEFAULT_RETRY
+
+from dispatcher.artifacts import (
+    SMALL_FILE_LIMIT,
+    ArtifactReader,
+    ArtifactWriter,
+    StoredFile,
+    checked_path,
+    read_whole,
+)
+from dispatcher.contract import fingerprint_of
+from dispatcher.errors import Misconfigured, NotFound, SourceError, Unavailable
+from dispatcher.gcs_signing import UrlSigner
+from dispatcher.gcs_upload import GcsWriter
+from dispatcher.google_errors import translating
+
+MAX_URL_LIFE = timedelta(hours=12)
+"""What IAM signs with, it may have replaced after that."""
+PAGE = 1000
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]+[a-z0-9]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_LISTED = "items(name,size,crc32c,generation),prefixes,nextPageToken"
+
+
+class GcsArtifacts:
+    """Artifacts in one bucket; what others published is read from any.
+
+    Args:
+        bucket: Its name.
+        signing_account: Whose signature download URLs bear; None is the service account that this process runs as.
+        signer: Signs them instead.
+        retry: How each request is tried again.
+        page_size: How many objects one request lists.
+
+    Raises:
+        Misconfigured: There are no credentials (`no_credentials`).
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        *,
+        signing_account: str | None = None,
+        signer: UrlSigner | None = None,
+        retry: Retry = DEFAULT_RETRY,
+        page_size: int = PAGE,
+    ) -> None:
+        with translating("Cloud Storage"):
+            self._client = Client(project=None)
+        self._bucket = bucket
+        # Nothing of Google's is spoken to without TLS, only an emulator; and that checks no signature.
+        emulated = str(self._client.api_endpoint).startswith("http://")
+        self._signer = signer or (None if emulated else UrlSigner(signing_account))
+        self._retry = retry
+        self._page_size = page_size
+
+    def uri(self, path: str) -> str:
+        return f"gs://{self._bucket}/{checked_path(path)}"
+
+    def create(self, path: str, *, size: int | None = None) -> ArtifactWriter:
+        return GcsWriter(self._blob(self._bucket, checked_path(path)), self._retry)
+
+    def children(self, path: str) -> list[str]:
+        prefix = f"{checked_path(path)}/"
+        with translating(f"bucket {self._bucket}"):
+            pages = self._listing(self._bucket, prefix, delimiter="/")
+            names = {blob.name.removeprefix(prefix) for blob in pages}
+            names |= {folder.removeprefix(prefix).rstrip("/") for folder in pages.prefixes}
+        return sorted(names - {""})
+
+    def list(self, uri: str, *, checksums: bool = True) -> list[StoredFile]:
+        bucket, name = _place(uri)
+        prefix = f"{name}/" if name else ""
+        with self._reading(bucket):
+            try:
+                blobs = [*self._listing(bucket, prefix)]
+            except api.NotFound:
+                if bucket == self._bucket:
+                    raise
+                blobs = []  # with someone else's bucket, what was in it is gone
+        found = []
+        for blob in blobs:
+            relative = blob.name.removeprefix(prefix)
+            if relative and not relative.endswith("/"):  # else a folder, as consoles and FUSE mounts make them
+                _refuse_unsafe(relative, uri)
+                found.append(StoredFile(relative, int(blob.size), str(blob.crc32c) if checksums else ""))
+        return sorted(found, key=lambda file: file.name)
+
+    def read(self, uri: str, *, limit: int = SMALL_FILE_LIMIT) -> bytes:
+        return read_whole(self, uri, limit)
+
+    def open(self, uri: str) -> ArtifactReader:
+        bucket, name = _place(uri)
+        if not name:
+            raise _missing(uri)
+        blob = self._blob(bucket, name)
+        with self._reading(bucket):
+            try:
+                blob.reload(retry=self._retry)
+            except api.NotFound as error:
+                raise _missing(uri) from error
+        return _GcsReader(self._blob(bucket, name), int(blob.size), int(blob.generation), self._retry)
+
+    def exists(self, uri: str) -> bool:
+        bucket, name = _place(uri)
+        with self._reading(bucket):
+            return bool(name) and bool(self._blob(bucket, name).exists(retry=self._retry))
+
+    def delete_prefix(self, path: str) -> int:
+        name = checked_path(path)
+        with translating(f"bucket {self._bucket}"):
+            exact = self._client.bucket(self._bucket).get_blob(name, retry=self._retry)
+            under = self._listing(self._bucket, f"{name}/")
+            return sum(self._deleted(blob) for blob in [*([exact] if exact else []), *under])
+
+    def fingerprint(self, uri: str) -> str:
+        return fingerprint_of([(file.name, file.size, file.crc32c) for file in self.list(uri)])
+
+    def download_url(self, uri: str, expires: timedelta) -> str | None:
+        if not timedelta() < expires <= MAX_URL_LIFE:
+            raise Misconfigured(f"a download URL cannot live {expires}: expected at most {MAX_URL_LIFE}")
+        blob = self._blob(*_place(uri))
+        if self._signer is None:
+            return str(blob.public_url)
+        credentials = self._signer.credentials()
+        if credentials is None:
+            return None
+        with translating("signing of download URLs"):
+            return str(
+                blob.generate_signed_url(version="v4", expiration=expires, method="GET", credentials=credentials)
+            )
+
+    def _blob(self, bucket: str, name: str) -> Blob:
+        return self._client.bucket(bucket).blob(name)
+
+    def _listing(self, bucket: str, prefix: str, *, delimiter: str | None = None) -> Any:
+        """The objects under a prefix, page by page; then, with a delimiter, `prefixes` has the folders."""
+        return self._client.list_blobs(
+            bucket,
+            prefix=prefix or None,
+            delimiter=delimiter,
+            page_size=self._page_size,
+            fields=_LISTED,
+            retry=self._retry,
+        )
+
+    @contextmanager
+    def _reading(self, bucket: str) -> Iterator[None]:
+        """A refusal is for our operator to mend, but in someone else's bucket it is a fault of the source."""
+        try:
+            with translating(f"bucket {bucket}"):
+                yield
+        except Misconfigured as error:
+            if bucket == self._bucket or error.error_code != "permission_denied":
+                raise
+            raise SourceError(
+                f"gs://{bucket} may not be read by this service account: make it a Storage Object Viewer there",
+                code="source_forbidden",
+            ) from error
+
+    def _deleted(self, blob: Blob) -> bool:
+        """Whether it was there still, and is not any more; what has replaced it since is left alone."""
+        try:
+            self._blob(self._bucket, blob.name).delete(if_generation_match=int(blob.generation), retry=self._retry)
+        except (api.NotFound, api.PreconditionFailed):
+            return False
+        return True
+
+
+class _GcsReader:
+    """Reads one generation, as long as that is the live one."""
+
+    def __init__(self, blob: Blob, size: int, generation: int, retry: Retry) -> None:
+        self._blob = blob
+        self._generation = generation
+        self._retry = retry
+        self.size = size
+
+    def read(self, offset: int, length: int) -> bytes:
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        what = f"gs://{self._blob.bucket.name}/{self._blob.name}"
+        with translating(what):
+            try:
+                data = self._blob.download_as_bytes(
+                    start=offset,
+                    end=offset + length - 1,
+                    if_generation_match=self._generation,
+                    # Else an object that is stored with gzip arrives unpacked, with other offsets than its own.
+                    raw_download=True,
+                    checksum=None,
+                    retry=self._retry,
+                )
+            except (api.NotFound, api.PreconditionFailed) as error:
+                raise Unavailable(
+                    f"{what} was deleted or replaced while it was read: try again", code="source_changed"
+                ) from error
+        if len(data) != length:
+            raise Unavailable(f"{what}: {len(data)} of {length} bytes came from offset {offset}: try again")
+        return bytes(data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is held open."""
+
+
+def _place(uri: str) -> tuple[str, str]:
+    """Bucket and object name, or prefix without its last `/`, of a `gs://` URI; nothing in it is encoded.
+
+    Raises:
+        SourceError: It is of another kind (`uri_unsupported`).
+    """
+    bucket, _, name = uri.removeprefix("gs://").partition("/")
+    if not uri.startswith("gs://") or not _BUCKET.fullmatch(bucket) or _CONTROL.search(name):
+        raise SourceError(
+            f"{uri!r} is not in Cloud Storage, which is where this dispatcher reads: expected gs://bucket/path",
+            code="uri_unsupported",
+        )
+    return bucket, name.rstrip("/")
+
+
+def _refuse_unsafe(name: str, uri: str) -> None:
+    """An object may have any name; but these become names of local files, in records and in manifests."""
+    if _CONTROL.search(name) or any(part in ("", ".", "..") for part in name.split("/")):
+        raise SourceError(
+            f"the object name {name!r} under {uri} cannot be a file's: rename or delete the object",
+            code="file_name_invalid",
+        )
+
+
+def _missing(uri: str) -> NotFound:
+    return NotFound(f"there is no file {uri}", code="file_not_found")

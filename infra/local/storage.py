@@ -1,0 +1,253 @@
+"""Cloud Storage on this machine: fake-gcs-server, behind a proxy that adds what the real service does and it lacks.
+
+That is: preconditions on reads and deletes, preconditions and lost answers of resumable uploads, checksums of uploads;
+and, for tests, faults on demand. What fake-gcs-server checks itself is `ifGenerationMatch` on one-request uploads, so a
+finished session becomes one of those. Source: https://cloud.google.com/storage/docs/request-preconditions
+"""
+
+import http.client
+import itertools
+import json
+import re
+import secrets
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum, auto
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, quote, urlsplit
+
+from requests.structures import CaseInsensitiveDict
+
+from infra.local.servers import HOST, fake_gcs
+from infra.local.uploads import Answer, Session, Upload, multipart_fault, refusal
+
+_HOP_BY_HOP = frozenset({"connection", "content-length", "date", "keep-alive", "transfer-encoding"})
+_OBJECT = re.compile(r"(?:/download)?(/storage/v1/b/[^/]+/o/[^/]+)")
+_UPLOADS = re.compile(r"(?:/resumable)?/upload/storage/v1/b/([^/]+)/o")
+_REFUSED = refusal(HTTPStatus.PRECONDITION_FAILED, "At least one of the pre-conditions you specified did not hold.")
+
+
+class Fault(Enum):
+    """What can be made to happen to a request."""
+
+    REFUSED = auto()
+    """503, and nothing was done."""
+    DROPPED = auto()
+    """The connection ends, and nothing was done."""
+    ANSWER_LOST = auto()
+    """It is done, and then the connection ends."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """An HTTP request, whole."""
+
+    method: str
+    target: str
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def path(self) -> str:
+        return urlsplit(self.target).path
+
+    def query(self, name: str) -> str | None:
+        return parse_qs(urlsplit(self.target).query).get(name, [None])[0]
+
+
+@dataclass
+class _Planned:
+    fault: Fault
+    method: str
+    part: str
+    skip: int
+    times: int
+
+
+class StorageProxy(ThreadingHTTPServer):
+    """What clients talk to.
+
+    Attributes:
+        url: Where it answers.
+        upstream: `host:port` of fake-gcs-server.
+        requests: Every request so far, as method, target and size of the body in bytes.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__((HOST, 0), _Handler)
+        self.url = f"http://{HOST}:{self.server_port}"
+        self.upstream = ""
+        self.requests: list[tuple[str, str, int]] = []
+        self._planned: list[_Planned] = []
+        self._sessions: dict[str, Session] = {}
+        self._lock = threading.Lock()
+
+    def fail(self, fault: Fault, method: str, part: str, *, skip: int = 0, times: int = 1) -> None:
+        """Let something happen to the next requests of a method whose target contains `part`, after `skip` others."""
+        with self._lock:
+            self._planned.append(_Planned(fault, method, part, skip, times))
+
+    def heal(self) -> None:
+        """Forget all faults that did not happen yet, and the requests so far."""
+        with self._lock:
+            self._planned.clear()
+            self.requests.clear()
+
+    def fault_of(self, request: Request) -> Fault | None:
+        """Note a request; what is to happen to it."""
+        with self._lock:
+            self.requests.append((request.method, request.target, len(request.body)))
+            for planned in self._planned:
+                if planned.method != request.method or planned.part not in request.target or not planned.times:
+                    continue
+                if planned.skip:
+                    planned.skip -= 1
+                    continue
+                planned.times -= 1
+                return planned.fault
+        return None
+
+    def answer(self, request: Request) -> Answer:
+        """Do what a request asks for."""
+        upload_id, wanted = request.query("upload_id"), request.query("ifGenerationMatch")
+        if upload_id is not None:
+            session = self._sessions.get(upload_id)
+            if session is None:
+                return refusal(HTTPStatus.NOT_FOUND, "no such upload")
+            return session.cancel() if request.method == "DELETE" else session.put(request.headers, request.body)
+        uploads, named = _UPLOADS.fullmatch(request.path), _OBJECT.fullmatch(request.path)
+        if uploads and request.method == "POST" and request.query("uploadType") == "resumable":
+            return self._initiated(request, uploads[1], wanted)
+        if uploads and request.query("uploadType") == "multipart":
+            return multipart_fault(request.headers.get("Content-Type", ""), request.body) or self._forwarded(request)
+        if named is None or wanted is None:
+            return self._forwarded(request)
+        if request.method == "DELETE":
+            return self._forwarded(request) if self._generation(named[1]) == wanted else _REFUSED
+        answer = self._forwarded(request)
+        # Told by the answer itself, so that nothing can be replaced between check and read.
+        there = answer.headers.get("X-Goog-Generation") or _generation_in(answer.body)
+        return _REFUSED if answer.status < HTTPStatus.BAD_REQUEST and there != wanted else answer
+
+    def _initiated(self, request: Request, bucket: str, wanted: str | None) -> Answer:
+        metadata = json.loads(request.body or b"{}")
+        metadata["name"] = request.query("name") or metadata.get("name")
+        metadata["contentType"] = request.headers.get("x-upload-content-type", "application/octet-stream")
+        target = f"/storage/v1/b/{bucket}"
+        if self._forwarded(Request("GET", target, {}, b"")).status != HTTPStatus.OK:
+            return refusal(HTTPStatus.NOT_FOUND, "The specified bucket does not exist.")
+        if wanted is not None and self._generation(f"{target}/o/{quote(metadata['name'], safe='')}") != wanted:
+            return _REFUSED
+
+        def publish(upload: Upload) -> Answer:
+            condition = "" if wanted is None else f"&ifGenerationMatch={wanted}"
+            return self._stored(f"/upload{target}/o?uploadType=multipart{condition}", upload)
+
+        session = Session(metadata, publish)
+        with self._lock:
+            self._sessions[session.id] = session
+        location = f"{self.url}{request.path}?uploadType=resumable&upload_id={session.id}"
+        return Answer(HTTPStatus.OK, {"Location": location})
+
+    def _stored(self, target: str, upload: Upload) -> Answer:
+        boundary = secrets.token_hex(16)
+        kind = upload.metadata["contentType"]
+        head = f"--{boundary}\r\nContent-Type: application/json\r\n\r\n{json.dumps(upload.metadata)}\r\n"
+        head += f"--{boundary}\r\nContent-Type: {kind}\r\n\r\n"
+        tail = f"\r\n--{boundary}--"
+        headers = {
+            "Content-Type": f"multipart/related; boundary={boundary}",
+            "Content-Length": str(len(head.encode()) + upload.size + len(tail)),
+        }
+        body = itertools.chain([head.encode()], upload.content, [tail.encode()])
+        return self._sent("POST", target, headers, body)
+
+    def _generation(self, target: str) -> str:
+        """The live generation of an object; 0 where there is none."""
+        answer = self._forwarded(Request("GET", target, {}, b""))
+        return "0" if answer.status == HTTPStatus.NOT_FOUND else _generation_in(answer.body)
+
+    def _forwarded(self, request: Request) -> Answer:
+        headers = {name: text for name, text in request.headers.items() if name.lower() not in _HOP_BY_HOP}
+        return self._sent(request.method, request.target, headers, request.body or None)
+
+    def _sent(
+        self, method: str, target: str, headers: Mapping[str, str], body: Iterator[bytes] | bytes | None
+    ) -> Answer:
+        connection = http.client.HTTPConnection(self.upstream)
+        try:
+            connection.request(method, target, body, dict(headers))
+            response = connection.getresponse()
+            content = response.read()
+            kept = {name: text for name, text in response.getheaders() if name.lower() not in _HOP_BY_HOP}
+            return Answer(response.status, kept, content)
+        finally:
+            connection.close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection of a client's, kept alive."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: StorageProxy
+
+    def _serve(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        request = Request(self.command, self.path, CaseInsensitiveDict(self.headers.items()), body)
+        fault = self.server.fault_of(request)
+        if fault is Fault.DROPPED:
+            self.close_connection = True
+            return
+        refused = fault is Fault.REFUSED
+        answer = refusal(HTTPStatus.SERVICE_UNAVAILABLE, "as asked") if refused else self.server.answer(request)
+        if fault is Fault.ANSWER_LOST:
+            self.close_connection = True
+            return
+        self.send_response_only(answer.status)
+        for name, text in answer.headers.items():
+            self.send_header(name, text)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.end_headers()
+        self.wfile.write(answer.body)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _serve
+
+
+@contextmanager
+def storage_proxy(directory: Path | None) -> Iterator[StorageProxy]:
+    """Cloud Storage with its objects under a directory, or in memory; for tests, which want faults.
+
+    Raises:
+        MissingServerError: fake-gcs-server is not on this machine.
+    """
+    with StorageProxy() as proxy, fake_gcs(directory, public_url=proxy.url) as upstream:
+        proxy.upstream = urlsplit(upstream).netloc
+        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        try:
+            yield proxy
+        finally:
+            proxy.shutdown()
+            thread.join()
+
+
+@contextmanager
+def cloud_storage(directory: Path | None) -> Iterator[str]:
+    """As `storage_proxy`; yields its URL, which clients find by STORAGE_EMULATOR_HOST."""
+    with storage_proxy(directory) as proxy:
+        yield proxy.url
+
+
+def _generation_in(body: bytes) -> str:
+    """The generation in an object's metadata."""
+    try:
+        return str(json.loads(body).get("generation", "0"))
+    except (ValueError, AttributeError):
+        return "0"
