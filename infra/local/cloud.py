@@ -1,0 +1,147 @@
+"""A whole deployment on this machine: Google's servers, the three functions, and the job that runs the exporter."""
+
+import base64
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.cloud import storage
+
+from dispatcher import main
+from dispatcher.identity import USERINFO_HEADER
+from dispatcher.runner import EXPORTER
+from infra.local import servers
+from infra.local.cloud_run import LocalCloudRun
+from infra.local.secret_manager import LocalSecretManager
+from infra.local.storage import cloud_storage
+from infra.local.topics import pushed, topic
+
+PROJECT, REGION, JOB, BUCKET = "local-project", "local-region", "gemma-exporter", "local-bucket"
+TOPIC = "gemma-export"
+DEAD_LETTERS = f"{TOPIC}-dead-letters"
+_SIGNATURES = {"export_api": "http", "start_export": "cloudevent", "fail_export": "cloudevent"}
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Where everything is, while it runs."""
+
+    environment: dict[str, str]
+    """What a deployment's process has in its environment: settings, and where the servers are."""
+    url: str
+    """The HTTP function."""
+    run: LocalCloudRun
+    secrets: LocalSecretManager
+    subscription: str
+    """The full name of the push subscription that starts exports."""
+    logs: Path
+    """One file per function, and one per execution."""
+    objects: Path
+    """The buckets' objects, one file each."""
+
+
+@contextmanager
+def local_cloud(
+    directory: Path,
+    *,
+    settings: Mapping[str, str] | None = None,
+    program: Sequence[str] = EXPORTER,
+) -> Iterator[Cloud]:
+    """Brings a deployment up under a directory, and down again.
+
+    Args:
+        directory: Where objects and logs lie.
+        settings: Further variables for the functions and the job.
+        program: What the job's image runs, with the job id as its last argument.
+
+    Raises:
+        MissingServerError: A server is not on this machine.
+    """
+    logs, objects = directory / "logs", directory / "objects"
+    logs.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        hosts = {
+            "FIRESTORE_EMULATOR_HOST": stack.enter_context(servers.firestore()),
+            "PUBSUB_EMULATOR_HOST": stack.enter_context(servers.pubsub()),
+            "STORAGE_EMULATOR_HOST": stack.enter_context(cloud_storage(objects)),
+        }
+        stack.enter_context(_exported(hosts))
+        _make_bucket()
+        secrets = LocalSecretManager(PROJECT)
+        tokens_url = f"secretmanager://{PROJECT}?emulator={stack.enter_context(secrets.serving())}"
+        deployed = {
+            **hosts,
+            "PROJECT_ID": PROJECT,
+            "GCS_EXPORT_BUCKET_NAME": BUCKET,
+            "TOKENS_URL": tokens_url,
+            **(settings or {}),
+        }
+        run = LocalCloudRun(PROJECT, REGION, JOB, log_dir=logs, environment=deployed, program=program)
+        runner_url = f"run://{PROJECT}/{REGION}/{JOB}?emulator={stack.enter_context(run.serving())}"
+        environment = {**_process(), **deployed, "RUNNER_URL": runner_url}
+
+        stack.enter_context(topic(PROJECT, TOPIC))
+        dead_letters = stack.enter_context(topic(PROJECT, DEAD_LETTERS))
+        urls = {target: stack.enter_context(function(target, environment, logs)) for target in _SIGNATURES}
+        subscription = stack.enter_context(
+            pushed(PROJECT, TOPIC, _endpoint(urls["start_export"], TOPIC), dead_letters=dead_letters)
+        )
+        stack.enter_context(pushed(PROJECT, DEAD_LETTERS, _endpoint(urls["fail_export"], DEAD_LETTERS)))
+        yield Cloud(environment, urls["export_api"], run, secrets, subscription, logs, objects)
+
+
+@contextmanager
+def function(target: str, environment: Mapping[str, str], logs: Path) -> Iterator[str]:
+    """One of the dispatcher's functions, served as Cloud Run functions does; yields its URL."""
+    source = ["--source", str(Path(main.__file__)), "--target", target, "--signature-type", _SIGNATURES[target]]
+
+    def command(port: int) -> list[str]:
+        where = ["--host", servers.HOST, "--port", str(port)]
+        return [sys.executable, "-m", "functions_framework", *source, *where]
+
+    path = "/health" if _SIGNATURES[target] == "http" else "/"
+    log = logs / f"{target}.log"
+    with servers.running(f"the function {target}", command, path=path, environment=environment, log=log) as port:
+        yield f"http://{servers.HOST}:{port}"
+
+
+def gateway_header(user: str) -> dict[str, str]:
+    """The header with which API Gateway says who is calling."""
+    claims = base64.urlsafe_b64encode(json.dumps({"sub": user}).encode()).decode()
+    return {USERINFO_HEADER: claims}
+
+
+def _endpoint(url: str, name: str) -> str:
+    # functions-framework takes a raw push for a Pub/Sub event by this form of its path.
+    return f"{url}/projects/{PROJECT}/topics/{name}"
+
+
+def _process() -> dict[str, str]:
+    """This process's own variables, without settings that lead elsewhere."""
+    kept = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV")
+    return {name: os.environ[name] for name in kept if name in os.environ}
+
+
+@contextmanager
+def _exported(variables: Mapping[str, str]) -> Iterator[None]:
+    """Google's clients in this very process look for the servers in the environment alone."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _make_bucket() -> None:
+    client = storage.Client(project=PROJECT)
+    client.create_bucket(BUCKET)
+    client.close()
