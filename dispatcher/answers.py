@@ -1,11 +1,13 @@
 """What travels in HTTP bodies, and in what the CLI prints: the request as read, a record as shown."""
 
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 import pydantic
 
 from dispatcher.contract import RESULT_FIELD, ExportRecord, ExportRequest, State
+from dispatcher.downloads import Downloads
 from dispatcher.errors import InvalidRequest
 from dispatcher.lifecycle import holds_live_lease
 from dispatcher.logs import clean
@@ -46,8 +48,11 @@ def submitted(record: ExportRecord, now: datetime) -> dict[str, Any]:
     return answer | _result(record)
 
 
-def status(record: ExportRecord, now: datetime) -> dict[str, Any]:
-    """The answer to `GET /exports/{export_id}`: everything a caller may know, no lease and no token."""
+def status(record: ExportRecord, now: datetime, downloads: Downloads | None = None) -> dict[str, Any]:
+    """The answer to `GET /exports/{export_id}`: everything a caller may know, no lease and no token.
+
+    In a listing there are no `downloads`.
+    """
     state = shown_state(record, now)
     waiting = state is State.QUEUED
     answer: dict[str, Any] = {
@@ -66,6 +71,9 @@ def status(record: ExportRecord, now: datetime) -> dict[str, Any]:
         "created_at": record.created_at.isoformat(),
         "updated_at": record.updated_at.isoformat(),
     }
+    if downloads is not None:
+        answer["downloads"] = [asdict(file) for file in downloads.files]
+        answer["downloads_expire_at"] = downloads.expire_at.isoformat()
     return answer | _result(record)
 
 

@@ -51,7 +51,7 @@ def build(settings: Settings) -> Stack:
         trigger.deliver(body, attributes)
 
     records = open_records(settings.records_url)
-    artifacts = open_artifacts(settings.artifacts_url)
+    artifacts = open_artifacts(settings.artifacts_url, signing_account=settings.signing_account)
     tokens = open_tokens(settings.tokens_url)
     runner = open_runner(settings.runner_url, log_dir=settings.log_dir, environment=settings.to_environment())
     queue = open_queue(settings.queue_url, deliver)
@@ -70,6 +70,7 @@ def build(settings: Settings) -> Stack:
         tokens=tokens,
         trigger=trigger,
         max_unfinished_per_user=settings.max_unfinished_per_user,
+        download_url_seconds=settings.download_url_seconds,
     )
     return Stack(settings, records, artifacts, tokens, queue, runner, trigger, service)
 

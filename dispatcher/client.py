@@ -1,7 +1,7 @@
 """One way to talk to a dispatcher, be it in this process or behind a URL, and to follow an export to its end."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dispatcher import answers
@@ -92,7 +92,7 @@ class EmbeddedClient:
     def status(self, export_id: str) -> Document:
         service = self._stack.service
         record = service.status(export_id, self._user)
-        return answers.status(record, service.now())
+        return answers.status(record, service.now(), service.downloads(record))
 
     def list_exports(self, job_id: str | None) -> list[Document]:
         service = self._stack.service
@@ -139,15 +139,16 @@ class HttpClient:
     Args:
         url: Where it answers, with or without a path.
         token: Sent as a bearer token, for a gateway or Cloud Run that asks for one.
+        headers: Sent with every request.
     """
 
-    def __init__(self, url: str, token: str | None = None) -> None:
+    def __init__(self, url: str, token: str | None = None, *, headers: Mapping[str, str] | None = None) -> None:
         import httpx
 
         if not url.startswith(("http://", "https://")):
             raise InvalidRequest(f"{url!r} is no URL of a dispatcher: expected http:// or https://")
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._http: httpx.Client = httpx.Client(base_url=url, headers=headers, timeout=30)
+        authorization = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http: httpx.Client = httpx.Client(base_url=url, headers={**authorization, **(headers or {})}, timeout=30)
 
     def submit(self, body: Document) -> Document:
         return self._asked("POST", "/export", json=body)

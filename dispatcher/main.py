@@ -154,7 +154,8 @@ def _list(request: "flask.Request", _: str) -> Answer:
 
 def _status(request: "flask.Request", export_id: str) -> Answer:
     service, user = _caller(request)
-    return _json(answers.status(service.status(export_id, user), service.now()))
+    record = service.status(export_id, user)
+    return _json(answers.status(record, service.now(), service.downloads(record)))
 
 
 def _cancel(request: "flask.Request", export_id: str) -> Answer:

@@ -19,6 +19,21 @@ class _Manifest(pydantic.BaseModel):
     files: list[_File]
 
 
+def listed_files(artifacts: ArtifactStore, manifest: str) -> dict[str, int]:
+    """The sizes in bytes of what the manifest at a URI lists, by name, and of the manifest itself.
+
+    Raises:
+        NotFound: There is no manifest.
+        SourceError: It is none (`manifest_unreadable`).
+    """
+    content = artifacts.read(manifest)
+    try:
+        files = _Manifest.model_validate_json(content).files
+    except pydantic.ValidationError as error:
+        raise SourceError(f"{manifest} is no manifest: its files are not told", code="manifest_unreadable") from error
+    return {file.name: file.bytes for file in files} | {manifest.rpartition("/")[2]: len(content)}
+
+
 def is_whole(artifacts: ArtifactStore, manifest: str) -> bool:
     """Whether every file that the manifest at a URI lists lies beside it with its size.
 
@@ -27,9 +42,8 @@ def is_whole(artifacts: ArtifactStore, manifest: str) -> bool:
     """
     try:
         # The listed names are only compared, never opened: one that leads elsewhere is simply not there.
-        wanted = _Manifest.model_validate_json(artifacts.read(manifest)).files
-        return are_there(artifacts, manifest.rpartition("/")[0], {file.name: file.bytes for file in wanted})
-    except (pydantic.ValidationError, SourceError):
+        return are_there(artifacts, manifest.rpartition("/")[0], listed_files(artifacts, manifest))
+    except SourceError:
         return False
 
 

@@ -3,7 +3,7 @@
 import logging
 import secrets
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum, auto
 from typing import Any
 
@@ -21,6 +21,7 @@ from dispatcher.contract import (
     fingerprint_of,
     is_export_id,
 )
+from dispatcher.downloads import DownloadLinks, Downloads
 from dispatcher.errors import (
     Conflict,
     ExportError,
@@ -55,6 +56,7 @@ class Service:
 
     Args:
         trigger: Publishes what was queued.
+        download_url_seconds: How long the URLs of a finished export's files are good.
         clock: The time now, in UTC.
     """
 
@@ -67,6 +69,7 @@ class Service:
         tokens: TokenStore,
         trigger: Trigger,
         max_unfinished_per_user: int = 20,
+        download_url_seconds: int = 3600,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._records = records
@@ -76,6 +79,7 @@ class Service:
         self._trigger = trigger
         self._max_unfinished = max_unfinished_per_user
         self._clock = clock
+        self._links = DownloadLinks(artifacts, timedelta(seconds=download_url_seconds), clock)
 
     def now(self) -> datetime:
         """The service's clock, so that whoever shows a record judges its lease by the same time."""
@@ -121,6 +125,10 @@ class Service:
         if record.user_id != user:
             raise Forbidden(f"export {export_id} belongs to someone else")
         return record
+
+    def downloads(self, record: ExportRecord) -> Downloads | None:
+        """Where the files of a completed export can be fetched; None before that, and where they cannot be told."""
+        return self._links.of(record)
 
     def list_exports(
         self, user: str, *, job_id: str | None = None, limit: int = 100, after: str | None = None

@@ -7,6 +7,7 @@ Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,16 +79,26 @@ def read_adapter(directory: Path) -> Adapter:
         raise SourceError(f"the adapter directory {directory} does not exist.", code="adapter_missing")
     config = _read_config(directory)
     _refuse_unsupported(config)
-    if not (directory / WEIGHTS_NAME).is_file():
-        if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
-            raise SourceError(
-                f"{directory} holds only pickled weights, which are never loaded: "
-                f"save the adapter as {WEIGHTS_NAME} (save_pretrained does).",
-                code="adapter_pickle_only",
-            )
-        raise SourceError(f"{directory} has no {WEIGHTS_NAME}.", code="adapter_weights_missing")
+    refuse_without_weights([path.name for path in directory.iterdir() if path.is_file()], str(directory))
     file = read_tensor_file(directory / WEIGHTS_NAME)
     return Adapter(directory, config, file, _pairs(file, config))
+
+
+def refuse_without_weights(names: Collection[str], where: str) -> None:
+    """Refuse an adapter whose files, of these names, hold no weights that we load.
+
+    Raises:
+        SourceError: `adapter_pickle_only` or `adapter_weights_missing`.
+    """
+    if WEIGHTS_NAME in names:
+        return
+    if any(name.endswith((".bin", ".pt")) for name in names):
+        raise SourceError(
+            f"{where} holds only pickled weights, which are never loaded: "
+            f"save the adapter as {WEIGHTS_NAME} (save_pretrained does).",
+            code="adapter_pickle_only",
+        )
+    raise SourceError(f"{where} has no {WEIGHTS_NAME}.", code="adapter_weights_missing")
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

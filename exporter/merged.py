@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from dispatcher.artifacts import ArtifactStore, ArtifactWriter, StoredFile, path_of, publish
-from dispatcher.contract import Artifact, ExportRecord, ExportType, TrainingJob
+from dispatcher.artifacts import ArtifactStore, ArtifactWriter, StoredFile, publish
+from dispatcher.contract import Artifact, ExportRecord, ExportType, TrainingJob, fingerprint_of
 from dispatcher.errors import NotAvailable, SourceError, Unavailable, VerificationFailed
 from exporter import engines, merge
 from exporter.adapter import Adapter, read_adapter, refuse_not_finite
@@ -28,7 +28,7 @@ from exporter.manifest import (
 )
 from exporter.plan import OutputFile, Plan, plan_merge
 from exporter.sidefiles import publish_copy, write_side_files
-from exporter.sources import Base, TokenSource, is_current, open_base
+from exporter.sources import Base, TokenSource, adapter_here, is_current, open_base
 from exporter.verify import verify_merged, verify_reference
 
 log = logging.getLogger(__name__)
@@ -81,16 +81,16 @@ def export_merged(
     if job.adapter_path is None:
         raise SourceError(f"training job {job.job_id} names no adapter.", code="adapter_missing")
     adapter_uri = job.adapter_path
-    adapter_dir = path_of(adapter_uri)
     write, engine_name, engine_version = _engine(engine)
     base = open_base(job.base_model_id, job.base_model_revision, token)
     family_of(base.config)
+    adapter_files = store.list(adapter_uri)
     identity = Identity(
         export_type=ExportType.MERGED,
         quantization=None,
         base_id=job.base_model_id,
         base_revision=base.revision,
-        adapter_fingerprint=store.fingerprint(adapter_uri),
+        adapter_fingerprint=fingerprint_of([(file.name, file.size, file.crc32c) for file in adapter_files]),
         engine=engine_name,
         engine_version=engine_version,
         nonce=record.force_nonce,
@@ -107,7 +107,8 @@ def export_merged(
         log.info("found finished, only recording it: %s", directory)
         return _result(store, directory, manifest, {}, identity)
     try:
-        written = write(store, directory, base, adapter_dir, report)
+        with adapter_here(store, adapter_uri, adapter_files) as adapter_dir:
+            written = write(store, directory, base, adapter_dir, report)
         manifest = manifest_of(
             identity,
             adapter_uri=adapter_uri,
@@ -189,16 +190,15 @@ def _with_peft(store: ArtifactStore, directory: str, base: Base, adapter_dir: Pa
     with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
         output = Path(scratch)
         merged, copied = engines.merge_with_peft(base, adapter_dir, output)
-        side = write_side_files(store, directory, base.directory, adapter_dir, None)
-        taken = {file.name for file in side}
-        files = []
+        report("verifying", _WRITE_FROM)
+        verified = verify_reference(output, open_checkpoint(base.directory), family_of(base.config))
+        files = write_side_files(store, directory, base.directory, adapter_dir, None)
+        taken = {file.name for file in files}
         for path in sorted(output.iterdir()):
             if path.is_file() and path.name not in taken:
                 report("publishing", _WRITE_TO)
                 files.append(publish_copy(store, f"{directory}/{path.name}", path))
-    report("verifying", _WRITE_TO)
-    verified = verify_reference(path_of(store.uri(directory)), open_checkpoint(base.directory), family_of(base.config))
-    return _Written(side + files, {"merged": merged, "copied": copied}, verified)
+    return _Written(files, {"merged": merged, "copied": copied}, verified)
 
 
 def _remove_abandoned(store: ArtifactStore, job_id: str) -> None:

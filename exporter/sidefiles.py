@@ -8,9 +8,9 @@ from dispatcher.errors import SourceError
 from exporter.checkpoint import INDEX_NAME
 from exporter.gemma import SIDE_FILES, TOKENIZER_FILES, TOKENIZER_GROUP
 from exporter.plan import Plan
+from exporter.sources import TEMPLATE_FOLDER
 
 MAX_SIDE_FILE_BYTES = 200_000_000
-TEMPLATE_FOLDER = "additional_chat_templates"
 BLOCK_BYTES = 1024 * 1024
 
 

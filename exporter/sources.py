@@ -1,22 +1,35 @@
 """Where base model and adapter come from: a directory, or a model id on the Hugging Face hub.
 
-Either way the rest of the exporter sees a local directory and an identity that changes when the bytes do.
+Either way the rest of the exporter sees a local directory and an identity that changes when the bytes do; of an
+adapter in Cloud Storage, a copy of the files that an export can use.
 """
 
+import errno
 import hashlib
-from collections.abc import Callable
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dispatcher.artifacts import path_of
-from dispatcher.errors import SourceError, Unavailable
+from dispatcher.artifacts import ArtifactStore, StoredFile, file_uri, path_of
+from dispatcher.crc32c import Crc32c
+from dispatcher.errors import NotFound, SourceError, StorageFull, Unavailable
+from exporter.adapter import CONFIG_NAME, refuse_without_weights
+from exporter.checkpoint import changed
 from exporter.documents import read_json_object
 
+log = logging.getLogger(__name__)
 MAX_CONFIG_BYTES = 10_000_000
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja")
 """What an export can use; never a pickle."""
-
+ADAPTER_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+"""What an export can use of an adapter's own folder; checkpoints below it, optimizer states and pickles stay away."""
+TEMPLATE_FOLDER = "additional_chat_templates"
+BLOCK_BYTES = 8 << 20
 
 TokenSource = Callable[[], str | None]
 
@@ -49,11 +62,17 @@ def open_base(model_id: str, revision: str | None, token: TokenSource) -> Base:
         token: Gives the caller's Hugging Face token; asked only where the hub is.
 
     Raises:
-        SourceError: `base_missing`, `base_config_invalid`, or one of the hub's answers (`base_gated`,
-            `hub_token_invalid`).
+        SourceError: `base_uri_unsupported`, `base_missing`, `base_config_invalid`, or one of the hub's answers
+            (`base_gated`, `hub_token_invalid`).
         Unavailable: The hub did not answer.
     """
     directory = local_path(model_id)
+    if model_id.startswith("gs://"):
+        raise SourceError(
+            f"the base model {model_id} is in Cloud Storage, from where bases are not read: expected an id on the "
+            "Hugging Face hub, or a directory.",
+            code="base_uri_unsupported",
+        )
     if directory is None:
         return _from_hub(model_id, revision, token())
     if not directory.is_dir():
@@ -66,6 +85,65 @@ def is_current(base: Base) -> bool:
     return (
         not base.revision.startswith("directory:") or base.revision == f"directory:{_directory_digest(base.directory)}"
     )
+
+
+@contextmanager
+def adapter_here(store: ArtifactStore, uri: str, files: list[StoredFile]) -> Iterator[Path]:
+    """An adapter as a local directory: its own, or a copy that lasts as long as the `with` statement.
+
+    Args:
+        store: What reads the URI.
+        uri: Where the adapter lies.
+        files: What is listed there, with checksums; a copy holds these very bytes.
+
+    Raises:
+        SourceError: `adapter_missing`, and those of `refuse_without_weights`.
+        Unavailable: A file is not what was listed any more (`source_changed`), or cannot be read.
+        StorageFull: No room for the copy.
+    """
+    if not uri.startswith("gs://"):
+        yield path_of(uri)
+        return
+    if not files:
+        raise SourceError(f"there is no adapter at {uri}.", code="adapter_missing")
+    names = [file.name for file in files]
+    if CONFIG_NAME in names:
+        refuse_without_weights([name for name in names if "/" not in name], uri)
+    wanted = [file for file in files if _is_usable(file.name)]
+    with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
+        log.info("fetching %d files, %d bytes, from %s", len(wanted), sum(file.size for file in wanted), uri)
+        for file in wanted:
+            _fetch(store, file_uri(uri, file.name), file, Path(scratch) / file.name)
+        yield Path(scratch)
+
+
+def _is_usable(name: str) -> bool:
+    folder, _, last = name.rpartition("/")
+    return fnmatchcase(last, "*.jinja") if folder == TEMPLATE_FOLDER else not folder and _matches(last)
+
+
+def _matches(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in ADAPTER_PATTERNS)
+
+
+def _fetch(store: ArtifactStore, uri: str, listed: StoredFile, target: Path) -> None:
+    crc = Crc32c()
+    try:
+        target.parent.mkdir(exist_ok=True)
+        with store.open(uri) as reader, target.open("xb") as file:
+            for offset in range(0, reader.size, BLOCK_BYTES):
+                block = reader.read(offset, BLOCK_BYTES)
+                crc.update(block)
+                file.write(block)
+            size = reader.size
+    except NotFound as error:
+        raise changed("the adapter") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise StorageFull(f"no room on this machine for a copy of {uri}: {listed.size} bytes.") from error
+        raise Unavailable(f"{uri} cannot be copied: {error.strerror}.") from error
+    if (size, crc.text) != (listed.size, listed.crc32c):
+        raise changed("the adapter")
 
 
 def _directory_digest(directory: Path) -> str:
