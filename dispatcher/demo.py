@@ -60,20 +60,32 @@ def _show(directory: Path) -> int:
     directory.mkdir(parents=True, exist_ok=True)
     environment = _environment(home)
 
-    _step(console, 1, "a tiny Gemma 3 with random weights learns one sentence, by LoRA")
-    _train(console, directory, environment)
-    _step(console, 2, "the fine-tuning is registered as a completed training job")
-    _register(console, directory, environment)
-    _step(console, 3, "the dispatcher starts, and is asked for two exports")
+    step(console, "1/4", "a tiny Gemma 3 with random weights learns one sentence, by LoRA")
+    train(console, directory, environment)
+    step(console, "2/4", "the fine-tuning is registered as a completed training job")
+    register(console, JOB_ID, directory / "base", directory / "adapter", environment)
+    step(console, "3/4", "the dispatcher starts, and is asked for two exports")
     with _dispatcher(console, directory, environment) as url:
-        _export(console, url, "adapter")
-        merged = _export(console, url, "merged")
-    _step(console, 4, "all three models are asked the same question")
-    command = [sys.executable, "-m", "exporter.demo", "compare", str(directory), str(path_of(merged))]
-    if subprocess.run(command, env=environment, check=False).returncode != 0:
-        raise ExportError("the models did not answer as they should; see the table", code="demo_failed")
+        client = HttpClient(url)
+        try:
+            export(console, client, url, JOB_ID, "adapter")
+            merged = export(console, client, url, JOB_ID, "merged")["merged_path"]
+        finally:
+            client.close()
+    step(console, "4/4", "all three models are asked the same question")
+    compare(directory, path_of(merged), environment)
     console.print(f"\n[green]It works.[/] {time.monotonic() - started:.0f} s in all.")
     return 0
+
+
+def step(console: Console, number: str, what: str) -> None:
+    """Announce what comes next."""
+    console.print(f"\n[bold]{number}[/]  {what}")
+
+
+def typed(console: Console, program: str, arguments: Sequence[str]) -> None:
+    """Show a command as a user would type it."""
+    console.print(f"     [cyan]$ {escape(shlex.join([program, *arguments]))}[/]", soft_wrap=True)
 
 
 def _environment(home: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -83,11 +95,12 @@ def _environment(home: Path, environ: Mapping[str, str] = os.environ) -> dict[st
     return {**kept, **stores, "HF_HUB_OFFLINE": "1"}
 
 
-def _step(console: Console, number: int, what: str) -> None:
-    console.print(f"\n[bold]{number}/4[/]  {what}")
+def train(console: Console, directory: Path, environment: Mapping[str, str]) -> None:
+    """Make `base` and `adapter` in a directory.
 
-
-def _train(console: Console, directory: Path, environment: dict[str, str]) -> None:
+    Raises:
+        ExportError: The training failed (`demo_failed`).
+    """
     command = [sys.executable, "-m", "exporter.demo", "train", str(directory)]
     tail: deque[str] = deque(maxlen=20)
     with (
@@ -104,13 +117,28 @@ def _train(console: Console, directory: Path, environment: dict[str, str]) -> No
     console.print(f"     {escape(tail[-1].strip())}" if tail else "")
 
 
-def _register(console: Console, directory: Path, environment: dict[str, str]) -> None:
-    places = ["--base", str(directory / "base"), "--adapter", str(directory / "adapter")]
-    arguments = ["register", *places, "--job-id", JOB_ID]
-    _typed(console, "gemma-export", arguments)
+def register(console: Console, job_id: str, base: Path, adapter: Path | str, environment: Mapping[str, str]) -> None:
+    """Write down a training job, with the stores that an environment names.
+
+    Raises:
+        ExportError: It was refused (`demo_failed`).
+    """
+    arguments = ["register", "--base", str(base), "--adapter", str(adapter), "--job-id", job_id]
+    typed(console, "gemma-export", arguments)
     done = subprocess.run([*CLI, *arguments], env=environment, text=True, capture_output=True, check=False)
     if done.returncode != 0:
         raise ExportError(f"the job could not be registered: {done.stderr.strip()}", code="demo_failed")
+
+
+def compare(directory: Path, merged: Path, environment: Mapping[str, str]) -> None:
+    """Ask the base, the base with its adapter, and a merged model the same question.
+
+    Raises:
+        ExportError: They did not answer as they should (`demo_failed`).
+    """
+    command = [sys.executable, "-m", "exporter.demo", "compare", str(directory), str(merged)]
+    if subprocess.run(command, env=environment, check=False).returncode != 0:
+        raise ExportError("the models did not answer as they should; see the table", code="demo_failed")
 
 
 @contextmanager
@@ -118,7 +146,7 @@ def _dispatcher(console: Console, directory: Path, environment: dict[str, str]) 
     """`gemma-export serve` on a free port; yields its URL, and stops it however the block ends."""
     log = directory / "dispatcher.log"
     arguments = ["serve", "--port", "0"]
-    _typed(console, "gemma-export", arguments)
+    typed(console, "gemma-export", arguments)
     with log.open("wb") as errors:
         process = subprocess.Popen(
             [*CLI, *arguments, "--json"], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
@@ -145,29 +173,43 @@ def _url(output: IO[str] | None, log: Path) -> str:
     return str(json.loads(line)["url"])
 
 
-def _export(console: Console, url: str, export_type: str) -> str:
-    """Ask for one export over HTTP and follow it to its end; returns the URI of the result."""
-    body = {"job_id": JOB_ID, "export_type": export_type}
-    _typed(console, "curl", ["-d", json.dumps(body), "-H", "content-type: application/json", f"{url}/export"])
-    deadline = time.monotonic() + EXPORT_SECONDS
-    client = HttpClient(url)
-    try:
-        answer = client.submit(body)
-        console.print(f"     {answer['status']}")
-        if answer["status"] != "completed":
-            _typed(console, "curl", [f"{url}/exports/{answer['export_id']}"])
-            with shown(answer["export_id"], as_json=False) as show:
-                answer |= follow(client, answer["export_id"], show=show, sleep=lambda s: _pause(s, deadline))
-            _judge(answer)
-            console.print(f"     {answer['state']}")
-    finally:
-        client.close()
+def export(console: Console, client: HttpClient, url: str, job_id: str, export_type: str) -> dict[str, Any]:
+    """Ask for one export and follow it to its end; returns the last answer.
+
+    Raises:
+        ExportError: It did not complete.
+    """
+    body = {"job_id": job_id, "export_type": export_type}
+    typed(console, "curl", ["-d", json.dumps(body), "-H", "content-type: application/json", f"{url}/export"])
+    answer = client.submit(body)
+    console.print(f"     {answer['status']}")
+    if answer["status"] != "completed":
+        typed(console, "curl", [f"{url}/exports/{answer['export_id']}"])
+        answer |= followed(client, answer["export_id"])
+        judge(answer)
+        console.print(f"     {answer['state']}")
     place = str(answer[f"{export_type}_path"])
     console.print(f"     {export_type}_path: {escape(place)}", soft_wrap=True)
-    return place
+    return answer
 
 
-def _judge(document: dict[str, Any]) -> None:
+def followed(client: HttpClient, export_id: str) -> dict[str, Any]:
+    """The last status of an export, shown as it moves on.
+
+    Raises:
+        ExportError: It takes too long (`demo_failed`).
+    """
+    deadline = time.monotonic() + EXPORT_SECONDS
+    with shown(export_id, as_json=False) as show:
+        return follow(client, export_id, show=show, sleep=lambda seconds: _pause(seconds, deadline))
+
+
+def judge(document: dict[str, Any]) -> None:
+    """Refuse a last status that is not `completed`.
+
+    Raises:
+        ExportError: With the export's own code.
+    """
     if document["state"] == "completed":
         return
     error = document["error"] or {"code": "demo_failed", "message": "it was cancelled"}
@@ -179,7 +221,3 @@ def _pause(seconds: float, deadline: float) -> None:
     if time.monotonic() > deadline:
         raise ExportError(f"the export is not finished after {EXPORT_SECONDS} s", code="demo_failed")
     time.sleep(seconds)
-
-
-def _typed(console: Console, program: str, arguments: Sequence[str]) -> None:
-    console.print(f"     [cyan]$ {escape(shlex.join([program, *arguments]))}[/]", soft_wrap=True)

@@ -88,6 +88,11 @@ class LocalCloudRun:
         with self._lock:
             self._refusals.extend([status] * times)
 
+    def heal(self) -> None:
+        """Forget what was to be refused."""
+        with self._lock:
+            self._refusals.clear()
+
     def lose_answers(self, times: int = 1) -> None:
         """Do what the next RunJob calls ask for, and then answer UNAVAILABLE."""
         with self._lock:

@@ -12,22 +12,25 @@ from dispatcher.settings import Settings
 from tests.dispatcher.world import World
 
 
+def stack_of(world: World, settings: Settings) -> bootstrap.Stack:
+    """A world as the targets find it."""
+    return bootstrap.Stack(
+        settings=settings,
+        records=world.records,
+        artifacts=world.artifacts,
+        tokens=world.tokens,
+        queue=world.queue,
+        runner=world.machines,
+        trigger=world.trigger,
+        service=world.service,
+    )
+
+
 @contextmanager
 def served(world: World, *, user: str | None = "ann", environ: dict[str, str] | None = None) -> Iterator[httpx.Client]:
     """Serves a world's stores; `user` is the local user, `environ` what the settings are read from."""
     settings = Settings.from_env(environ or {"GEMMA_EXPORT_HOME": str(world.home)})
-    bootstrap.install(
-        bootstrap.Stack(
-            settings=settings,
-            records=world.records,
-            artifacts=world.artifacts,
-            tokens=world.tokens,
-            queue=world.queue,
-            runner=world.machines,
-            trigger=world.trigger,
-            service=world.service,
-        )
-    )
+    bootstrap.install(stack_of(world, settings))
     server = open_server(local_app(user), 0)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
