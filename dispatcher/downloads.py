@@ -78,10 +78,7 @@ class DownloadLinks:
             while len(self._kept) >= MAX_KEPT:
                 del self._kept[next(iter(self._kept))]
             self._kept.pop(record.artifacts, None)
-            self._kept[record.artifacts] = (
-                now + (self._life / 2 if whole else min(RETRY_AFTER, self._life / 2)),
-                found,
-            )
+            self._kept[record.artifacts] = (now + keep, found)
         return found
 
     def _files(self, artifact: Artifact) -> list[tuple[str, str, int]]:

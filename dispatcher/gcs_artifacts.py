@@ -22,7 +22,7 @@ from dispatcher.artifacts import (
 from dispatcher.contract import fingerprint_of
 from dispatcher.errors import Misconfigured, NotFound, SourceError, Unavailable
 from dispatcher.gcs_signing import UrlSigner
-from dispatcher.gcs_upload import GcsWriter
+from dispatcher.gcs_upload import CHUNK_BYTES, GcsWriter
 from dispatcher.google_errors import translating
 
 MAX_URL_LIFE = timedelta(hours=12)
@@ -42,6 +42,7 @@ class GcsArtifacts:
         signer: Signs them instead.
         retry: How each request is tried again.
         page_size: How many objects one request lists.
+        chunk_bytes: How much one request uploads; a multiple of 256 KiB, and at most 8 MiB.
 
     Raises:
         Misconfigured: There are no credentials (`no_credentials`).
@@ -55,6 +56,7 @@ class GcsArtifacts:
         signer: UrlSigner | None = None,
         retry: Retry = DEFAULT_RETRY,
         page_size: int = PAGE,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         with translating("Cloud Storage"):
             self._client = Client(project=None)
@@ -64,12 +66,13 @@ class GcsArtifacts:
         self._signer = signer or (None if emulated else UrlSigner(signing_account))
         self._retry = retry
         self._page_size = page_size
+        self._chunk_bytes = chunk_bytes
 
     def uri(self, path: str) -> str:
         return f"gs://{self._bucket}/{checked_path(path)}"
 
     def create(self, path: str, *, size: int | None = None) -> ArtifactWriter:
-        return GcsWriter(self._blob(self._bucket, checked_path(path)), self._retry)
+        return GcsWriter(self._blob(self._bucket, checked_path(path)), self._retry, self._chunk_bytes)
 
     def children(self, path: str) -> list[str]:
         prefix = f"{checked_path(path)}/"

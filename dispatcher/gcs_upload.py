@@ -15,7 +15,7 @@ from dispatcher.errors import ArtifactConflict, ExportError, Unavailable
 from dispatcher.google_errors import FAULTS, translated, translating
 
 CHUNK_BYTES = 8 << 20
-"""Up to this much goes up in one request; more in a resumable upload, whose requests are of this size."""
+"""As much as the client itself sends in one request."""
 _CONTENT_TYPE = "application/octet-stream"
 
 
@@ -28,11 +28,13 @@ class GcsWriter:
     Args:
         blob: The object, by name alone.
         retry: How each request is tried again.
+        chunk_bytes: Up to this much goes up in one request; more in a resumable upload, whose requests have this size.
     """
 
-    def __init__(self, blob: Blob, retry: Retry) -> None:
+    def __init__(self, blob: Blob, retry: Retry, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._blob = blob
         self._retry = retry
+        self._chunk_bytes = chunk_bytes
         self._what = f"gs://{blob.bucket.name}/{blob.name}"
         self._crc = Crc32c()
         self._size = 0
@@ -49,8 +51,8 @@ class GcsWriter:
         if not self._taken:
             with self._sending():
                 # In slices, since the client would copy all of it at once.
-                for start in range(0, view.nbytes, CHUNK_BYTES):
-                    self._send(view[start : start + CHUNK_BYTES])
+                for start in range(0, view.nbytes, self._chunk_bytes):
+                    self._send(view[start : start + self._chunk_bytes])
 
     def commit(self) -> StoredFile:
         self._refuse_ended()
@@ -77,12 +79,12 @@ class GcsWriter:
 
     def _send(self, view: memoryview) -> None:
         if self._upload is None:
-            if len(self._pending) + view.nbytes <= CHUNK_BYTES:
+            if len(self._pending) + view.nbytes <= self._chunk_bytes:
                 self._pending += view
                 return
             self._upload = _ResumableUpload(
                 self._blob,
-                chunk_size=CHUNK_BYTES,
+                chunk_size=self._chunk_bytes,
                 retry=self._retry,
                 if_generation_match=0,
                 checksum="crc32c",
@@ -151,7 +153,7 @@ class GcsWriter:
         if isinstance(fault, api.BadRequest) and "crc32c" in str(fault).lower():
             return self._corrupted()
         lost = isinstance(fault, api.NotFound) or getattr(fault, "code", None) == 410
-        if lost and self._size > CHUNK_BYTES and "upload_id" in str(fault):
+        if lost and self._size > self._chunk_bytes and "upload_id" in str(fault):
             return Unavailable(f"the upload of {self._what} was dropped by the service: try again", code="upload_lost")
         return translated(fault, self._what)
 
