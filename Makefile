@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: setup demo test test-full lint bench clean
+.PHONY: setup demo demo-cloud test test-full lint bench clean
 
 setup: $(READY)
 
@@ -23,6 +23,9 @@ $(READY): pyproject.toml Makefile
 
 demo: setup
 	$(BIN)/gemma-export demo
+
+demo-cloud: setup
+	$(BIN)/python -m infra.local.demo
 
 test: setup
 	$(BIN)/pytest -n auto -m "not full"
