@@ -1,0 +1,132 @@
+"""Where a finished export's files can be fetched, as its status answer says it."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+from dispatcher import answers
+from dispatcher.downloads import RETRY_AFTER, DownloadLinks, Downloads
+from dispatcher.errors import Unavailable
+from dispatcher.local_artifacts import LocalArtifacts
+from tests.dispatcher.world import World
+
+LIFE = timedelta(hours=1)
+
+
+class Signing(LocalArtifacts):
+    """A directory whose URLs are told apart; refuses to sign while it is told to."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.signed = 0
+        self.refusing = False
+
+    def download_url(self, uri: str, expires: timedelta) -> str | None:
+        if self.refusing:
+            raise Unavailable("nobody signs")
+        self.signed += 1
+        return f"{super().download_url(uri, expires)}?{self.signed}"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.close()
+
+
+@pytest.fixture
+def store(world: World) -> Signing:
+    return Signing(world.home / "artifacts")
+
+
+@pytest.fixture
+def links(world: World, store: Signing) -> DownloadLinks:
+    return DownloadLinks(store, LIFE, world.clock)
+
+
+def completed(world: World) -> None:
+    world.job()
+    world.launched()
+    world.claim()
+    world.complete()
+
+
+def urls(found: Downloads | None) -> list[str | None]:
+    assert found is not None
+    return [file.url for file in found.files]
+
+
+def test_a_finished_export_says_where_each_of_its_files_is(world: World) -> None:
+    """Those that its manifest lists, and the manifest; with sizes that hold."""
+    completed(world)
+    record = world.record()
+    answer = answers.status(record, world.clock(), world.service.downloads(record))
+    assert [file["name"] for file in answer["downloads"]] == ["export.json", "model.safetensors"]
+    for file in answer["downloads"]:
+        with urlopen(file["url"]) as content:  # noqa: S310  # a file of ours
+            assert len(content.read()) == file["bytes"]
+    assert answer["downloads_expire_at"] == (world.clock() + LIFE).isoformat()
+
+
+def test_an_adapter_is_told_by_what_lies_there(world: World) -> None:
+    """It has no manifest of ours; any name of a file leads to it."""
+    world.job()
+    (world.home / "adapter-job" / "a #1?.txt").write_text("odd")
+    record = world.submit(export_type="adapter")
+    found = world.service.downloads(record)
+    assert found is not None
+    assert [file.name for file in found.files] == ["a #1?.txt", "adapter_config.json", "adapter_model.safetensors"]
+    assert found.files[0].url is not None
+    with urlopen(found.files[0].url) as content:  # noqa: S310  # a file of ours
+        assert content.read() == b"odd"
+
+
+def test_an_unfinished_export_has_no_downloads(world: World) -> None:
+    """Nor does its answer speak of any."""
+    world.job()
+    record = world.submit()
+    assert world.service.downloads(record) is None
+    assert "downloads" not in answers.status(record, world.clock(), None)
+
+
+def test_urls_are_kept_for_half_of_their_life(world: World, store: Signing, links: DownloadLinks) -> None:
+    """So that polling signs nothing, and that whoever is given one has half of its life left."""
+    completed(world)
+    first = links.of(world.record())
+    world.clock.pass_seconds(LIFE.total_seconds() / 2 - 1)
+    assert links.of(world.record()) == first
+    assert store.signed == 2
+    world.clock.pass_seconds(1)
+    second = links.of(world.record())
+    assert set(urls(second)).isdisjoint(urls(first))
+    assert second is not None
+    assert second.expire_at == world.clock() + LIFE
+
+
+def test_what_nobody_signs_fails_no_status(
+    world: World, store: Signing, links: DownloadLinks, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its files have no URL then, and that is logged; a minute later they may."""
+    completed(world)
+    store.refusing = True
+    assert urls(links.of(world.record())) == [None, None]
+    assert "nobody signs" in caplog.text
+    store.refusing = False
+    assert urls(links.of(world.record())) == [None, None]
+    world.clock.pass_seconds(RETRY_AFTER.total_seconds())
+    assert None not in urls(links.of(world.record()))
+
+
+def test_a_damaged_export_still_has_a_status(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Only its files cannot be told."""
+    completed(world)
+    manifest = next((world.home / "artifacts").rglob("export.json"))
+    manifest.write_text("damaged")
+    assert world.service.downloads(world.record()) is None
+    manifest.unlink()
+    assert world.service.downloads(world.record()) is None
+    assert caplog.text.count("cannot be told") == 2
