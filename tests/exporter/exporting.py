@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dispatcher.artifacts import path_of
+from dispatcher.artifacts import ArtifactStore, path_of
 from dispatcher.contract import ExportRecord, ExportType, State, TrainingJob
 from dispatcher.local_artifacts import LocalArtifacts
 from exporter.merged import Result, export_merged
@@ -44,14 +44,14 @@ def merged_record(**fields: object) -> ExportRecord:
     )
 
 
-def export(base: Path | str, adapter: Path, store: Path, *, engine: str = "streaming") -> Result:
-    """Export base + adapter into an artifact store at `store`.
+def export(base: Path | str, adapter: Path | str, store: Path | ArtifactStore, *, engine: str = "streaming") -> Result:
+    """Export base + adapter into an artifact store, or into the one in a directory.
 
     Raises:
         ExportError: As `export_merged`.
     """
     return export_merged(
-        LocalArtifacts(store),
+        LocalArtifacts(store) if isinstance(store, Path) else store,
         TrainingJob.from_document("job-1", training_document(base, adapter)),
         merged_record(),
         engine=engine,
