@@ -119,6 +119,7 @@ def test_a_service_that_stays_away_is_unavailable(cloud: StorageProxy, bucket: s
     cloud.heal()
     with pytest.raises(Unavailable):
         writer.commit()
+    assert cloud.requests == []
     assert store.list(store.uri("x")) == []
 
 
@@ -126,7 +127,10 @@ def test_the_same_large_content_is_not_sent_again(cloud: StorageProxy, store: Gc
     """The refusal comes at the first request; the rest is only summed up."""
     first = put(store, "x/file", LARGE)
     cloud.heal()
-    assert put(store, "x/file", LARGE) == first
+    writer = store.create("x/file")
+    for start in range(0, len(LARGE), 100_000):
+        writer.write(LARGE[start : start + 100_000])
+    assert writer.commit() == first
     assert sent_bytes(cloud) < 1000
 
 
@@ -137,7 +141,7 @@ def test_other_large_content_is_a_conflict(cloud: StorageProxy, store: GcsArtifa
     with pytest.raises(ArtifactConflict):
         put(store, "x/file", LARGE[1:] + b"?")
     assert sent_bytes(cloud) < 1000
-    assert store.fingerprint(store.uri("x")) == store.fingerprint(store.uri("x"))
+    assert store.list(store.uri("x")) == [StoredFile("file", len(LARGE), checksum(LARGE))]
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -218,7 +222,6 @@ def test_a_reader_notices_that_its_file_was_replaced_or_deleted(store: GcsArtifa
     blob = bucket_named(bucket).blob("x/file")
     for change in (lambda: blob.upload_from_string(b"other"), blob.delete):
         with store.open(store.uri("x/file")) as reader:
-            assert len(reader.read(0, 5)) == 5
             change()
             with pytest.raises(Unavailable) as error:
                 reader.read(0, 5)
