@@ -52,7 +52,7 @@ def build(settings: Settings) -> Stack:
 
     records = open_records(settings.records_url)
     artifacts = open_artifacts(settings.artifacts_url, signing_account=settings.signing_account)
-    tokens = open_tokens(settings.tokens_url)
+    tokens = open_tokens(settings.tokens_url, ttl_seconds=settings.token_ttl_seconds)
     runner = open_runner(settings.runner_url, log_dir=settings.log_dir, environment=settings.to_environment())
     queue = open_queue(settings.queue_url, deliver)
     trigger = Trigger(

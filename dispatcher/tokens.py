@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +12,23 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from dispatcher.errors import Misconfigured, TokenExpired, Unavailable
+from dispatcher.settings import Settings
 
-TOKEN_TTL_SECONDS = 7 * 24 * 3600
-"""At least as long as the queue keeps a message, or a replayed message would find its token gone."""
+_SECRET_MANAGER = re.compile(
+    r"secretmanager://(?P<project>[a-z0-9][a-z0-9.:-]*)"
+    r"(\?emulator=(?P<emulator>(127\.0\.0\.1|localhost|\[::1\]):[1-9][0-9]{0,4}))?"
+)
 
 
 class TokenStore(Protocol):
-    """One secret per export."""
+    """One secret per export. Each method raises Unavailable when the store does not answer."""
 
     def put(self, export_id: str, token: str) -> str:
-        """Store the token, replacing an older one; returns the reference that the record may hold."""
+        """Store the token; returns the reference that the record may hold.
+
+        A reference handed out before, by a request made at the same time, still leads to that request's token or
+        to this one.
+        """
 
     def get(self, ref: str) -> str:
         """The token.
@@ -30,17 +38,23 @@ class TokenStore(Protocol):
         """
 
     def delete(self, ref: str) -> None:
-        """Remove the token; one that is gone already is fine."""
+        """Remove all that is stored for the reference's export; what is gone already is fine."""
 
 
 class FileTokens:
-    """Tokens in 0600 files of a 0700 directory, named by a hash of the export id."""
+    """Tokens in 0600 files of a 0700 directory, named by a hash of the export id.
+
+    Args:
+        directory: Made when it is needed.
+        ttl_seconds: After that, a token counts as gone.
+        clock: Seconds since the epoch.
+    """
 
     def __init__(
         self,
         directory: Path,
         *,
-        ttl_seconds: float = TOKEN_TTL_SECONDS,
+        ttl_seconds: float = Settings.token_ttl_seconds,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._directory = directory
@@ -66,42 +80,86 @@ class FileTokens:
         return ref
 
     def get(self, ref: str) -> str:
-        path = self._path(ref)
+        if not _is_hash(ref):
+            raise token_expired()
         try:
-            with path.open(encoding="utf-8") as file:
+            with (self._directory / ref).open(encoding="utf-8") as file:
                 age = self._clock() - os.fstat(file.fileno()).st_mtime
                 token = file.read()
         except FileNotFoundError as error:
-            raise _expired() from error
+            raise token_expired() from error
         except OSError as error:
             raise Unavailable(f"the token store at {self._directory} cannot be read: {error.strerror}") from error
         if age > self._ttl:
             self.delete(ref)
-            raise _expired()
+            raise token_expired()
         return token
 
     def delete(self, ref: str) -> None:
+        if not _is_hash(ref):
+            return
         try:
-            self._path(ref).unlink(missing_ok=True)
+            (self._directory / ref).unlink(missing_ok=True)
         except OSError as error:
             raise Unavailable(f"a token in {self._directory} cannot be removed: {error.strerror}") from error
 
-    def _path(self, ref: str) -> Path:
-        # A reference comes from a record; one that is no hash could point outside the directory.
-        if not re.fullmatch(r"[0-9a-f]{64}", ref):
-            raise _expired()
-        return self._directory / ref
+
+def _is_hash(ref: str) -> bool:
+    """A reference comes from a record; one that is no hash could point outside the directory."""
+    return re.fullmatch(r"[0-9a-f]{64}", ref) is not None
 
 
-def _expired() -> TokenExpired:
+class _OpenedOnUse:
+    """A store that is opened with the first token: most requests and executions have none."""
+
+    def __init__(self, opener: Callable[[], TokenStore]) -> None:
+        self._opener = opener
+        self._store: TokenStore | None = None
+        self._lock = threading.Lock()
+
+    def put(self, export_id: str, token: str) -> str:
+        return self._opened().put(export_id, token)
+
+    def get(self, ref: str) -> str:
+        return self._opened().get(ref)
+
+    def delete(self, ref: str) -> None:
+        self._opened().delete(ref)
+
+    def _opened(self) -> TokenStore:
+        with self._lock:
+            if self._store is None:
+                self._store = self._opener()
+            return self._store
+
+
+def token_expired() -> TokenExpired:
+    """What every store says of a token that it does not have, with the way out."""
     return TokenExpired("the Hugging Face token of this export is gone or expired: POST again with hf_token")
 
 
-def open_tokens(url: str) -> TokenStore:
-    """The token store that a URL selects: `file:///directory` or `secretmanager://project`."""
+def open_tokens(url: str, *, ttl_seconds: int) -> TokenStore:
+    """The token store that a URL selects: `file:///directory` or `secretmanager://project`.
+
+    Args:
+        url: Secret Manager's may end with `?emulator=127.0.0.1:PORT`, a server on this machine.
+        ttl_seconds: How long a token is kept at most.
+
+    Raises:
+        Misconfigured: It selects none; the message says what is expected.
+    """
     parts = urlsplit(url)
     if parts.scheme == "file":
-        return FileTokens(Path(unquote(parts.path)))
-    if parts.scheme == "secretmanager":
-        raise Misconfigured(f"token store {url!r}: Secret Manager is not in this build yet", code="not_available_yet")
-    raise Misconfigured(f"token store {url!r}: expected file:///directory or secretmanager://project")
+        return FileTokens(Path(unquote(parts.path)), ttl_seconds=ttl_seconds)
+    found = _SECRET_MANAGER.fullmatch(url)
+    if found is None:
+        expected = "file:///directory or secretmanager://PROJECT (and ?emulator=127.0.0.1:PORT for a local server)"
+        raise Misconfigured(f"token store {url!r}: expected {expected}")
+
+    def opened() -> TokenStore:
+        # Here, since Google's client costs a cold start a good part of a second.
+        from dispatcher.secret_manager import SecretManagerTokens
+
+        return SecretManagerTokens(found["project"], ttl_seconds=ttl_seconds, emulator=found["emulator"])
+
+    return _OpenedOnUse(opened)

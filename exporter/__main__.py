@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stores = Stores(
             records=open_records(settings.records_url),
             artifacts=open_artifacts(settings.artifacts_url),
-            tokens=open_tokens(settings.tokens_url),
+            tokens=open_tokens(settings.tokens_url, ttl_seconds=settings.token_ttl_seconds),
             lease_seconds=settings.lease_seconds,
             max_attempts=settings.max_attempts,
             hf_token=settings.hf_token,

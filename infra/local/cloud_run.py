@@ -4,11 +4,10 @@ import os
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 import grpc
 from google.cloud import run_v2
@@ -16,6 +15,7 @@ from google.longrunning import operations_pb2
 
 from dispatcher.errors import Unavailable
 from dispatcher.runner import EXPORTER, Execution, ProcessRunner
+from infra.local.rpc import abort, method
 from infra.local.servers import HOST, STOP_SECONDS
 
 IMAGE_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH")
@@ -122,10 +122,10 @@ class LocalCloudRun:
 
     def _services(self) -> tuple[grpc.GenericRpcHandler, ...]:
         operation = operations_pb2.Operation.SerializeToString
-        jobs = {"RunJob": _method(self._run_job, run_v2.RunJobRequest, operation)}
+        jobs = {"RunJob": method(self._run_job, run_v2.RunJobRequest, operation)}
         executions = {
-            "CancelExecution": _method(self._cancel, run_v2.CancelExecutionRequest, operation),
-            "GetExecution": _method(self._get, run_v2.GetExecutionRequest, run_v2.Execution.serialize),
+            "CancelExecution": method(self._cancel, run_v2.CancelExecutionRequest, operation),
+            "GetExecution": method(self._get, run_v2.GetExecutionRequest, run_v2.Execution.serialize),
         }
         return (
             grpc.method_handlers_generic_handler("google.cloud.run.v2.Jobs", jobs),
@@ -135,26 +135,26 @@ class LocalCloudRun:
     def _run_job(self, request: run_v2.RunJobRequest, context: grpc.ServicerContext) -> operations_pb2.Operation:
         self._receive(request, context)
         if request.name != self.job:
-            _abort(context, grpc.StatusCode.NOT_FOUND, f"Resource '{request.name}' of kind 'JOB' does not exist.")
+            abort(context, grpc.StatusCode.NOT_FOUND, f"Resource '{request.name}' of kind 'JOB' does not exist.")
         overrides = list(request.overrides.container_overrides)
         if len(overrides) > 1:
-            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "The job has one container.")
+            abort(context, grpc.StatusCode.INVALID_ARGUMENT, "The job has one container.")
         self.gate.wait()
         if not context.is_active():
-            _abort(context, grpc.StatusCode.CANCELLED, "The caller hung up before anything was started.")
+            abort(context, grpc.StatusCode.CANCELLED, "The caller hung up before anything was started.")
         arguments = [argument for override in overrides for argument in override.args]
         variables = {variable.name: variable.value for override in overrides for variable in override.env}
         name = f"{self._short_name}-{secrets.token_hex(4)}"
         try:
             started = self._processes.execute(name, arguments, variables)
         except Unavailable as error:
-            _abort(context, grpc.StatusCode.INTERNAL, error.message)
+            abort(context, grpc.StatusCode.INTERNAL, error.message)
         with self._lock:
             self._executions[name] = started
             lost = self._answers_to_lose > 0
             self._answers_to_lose -= lost
         if lost:
-            _abort(context, grpc.StatusCode.UNAVAILABLE, "The answer was lost.")
+            abort(context, grpc.StatusCode.UNAVAILABLE, "The answer was lost.")
         return self._operation(name)
 
     def _cancel(
@@ -163,7 +163,7 @@ class LocalCloudRun:
         self._receive(request, context)
         name = self._known(request.name, context)
         if self.wait(name, 0) is not None:
-            _abort(context, grpc.StatusCode.FAILED_PRECONDITION, "The execution has ended.")
+            abort(context, grpc.StatusCode.FAILED_PRECONDITION, "The execution has ended.")
         with self._lock:
             self._cancelled.add(name)
         self._processes.cancel(name)
@@ -178,14 +178,14 @@ class LocalCloudRun:
             self.requests.append(request)
             refusal = self._refusals.popleft() if self._refusals else None
         if refusal is not None:
-            _abort(context, refusal, "Refused, as a test wants it.")
+            abort(context, refusal, "Refused, as a test wants it.")
 
     def _known(self, full_name: str, context: grpc.ServicerContext) -> str:
         parent, _, name = full_name.rpartition("/executions/")
         with self._lock:
             known = parent == self.job and name in self._executions
         if not known:
-            _abort(context, grpc.StatusCode.NOT_FOUND, f"Resource '{full_name}' of kind 'EXECUTION' does not exist.")
+            abort(context, grpc.StatusCode.NOT_FOUND, f"Resource '{full_name}' of kind 'EXECUTION' does not exist.")
         return name
 
     def _operation(self, name: str) -> operations_pb2.Operation:
@@ -208,16 +208,3 @@ class LocalCloudRun:
             failed_count=int(failed and not cancelled),
             cancelled_count=int(failed and cancelled),
         )
-
-
-def _method(
-    answer: Callable[..., object], request: type[Request], serializer: Callable[..., bytes]
-) -> grpc.RpcMethodHandler:
-    return grpc.unary_unary_rpc_method_handler(
-        answer, request_deserializer=request.deserialize, response_serializer=serializer
-    )
-
-
-def _abort(context: grpc.ServicerContext, status: grpc.StatusCode, details: str) -> NoReturn:
-    context.abort(status, details)
-    raise AssertionError("gRPC's abort always raises")

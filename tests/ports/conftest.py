@@ -13,6 +13,7 @@ import pytest
 from dispatcher.artifacts import ArtifactStore, open_artifacts
 from dispatcher.records import RecordStore, open_records
 from dispatcher.tokens import TokenStore, open_tokens
+from infra.local.secret_manager import LocalSecretManager
 from tests.buckets import new_bucket
 
 
@@ -75,7 +76,10 @@ def bucket(storage_server: str) -> str:
     return new_bucket()
 
 
-@pytest.fixture(params=["file"])
-def tokens(request: pytest.FixtureRequest, tmp_path: Path) -> TokenStore:
-    assert request.param == "file"
-    return open_tokens((tmp_path / "tokens").as_uri())
+@pytest.fixture(params=["file", "secretmanager"])
+def tokens(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TokenStore]:
+    if request.param == "file":
+        yield open_tokens((tmp_path / "tokens").as_uri(), ttl_seconds=3600)
+        return
+    with LocalSecretManager("project").serving() as address:
+        yield open_tokens(f"secretmanager://project?emulator={address}", ttl_seconds=3600)

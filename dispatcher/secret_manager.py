@@ -1,0 +1,142 @@
+"""Tokens in Secret Manager: one secret per export, and a version of it for every token put."""
+
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import google_crc32c
+import grpc
+from google.api_core import exceptions as api
+from google.api_core.retry import Retry, if_exception_type
+from google.cloud import secretmanager
+from google.cloud.secretmanager_v1.services.secret_manager_service.transports import SecretManagerServiceGrpcTransport
+
+from dispatcher.errors import Unavailable
+from dispatcher.google_errors import FAULTS, translated, translating
+from dispatcher.tokens import token_expired
+
+logger = logging.getLogger(__name__)
+
+CALL_SECONDS = 10.0
+KEPT_VERSIONS = 10
+"""Requests made at once each add a version and write its reference to the record, in any order: the record may end
+with any of theirs, so as many stay readable."""
+_PAUSES = (0.1, 0.3, 0.9)
+"""Seconds between tries, while Secret Manager does not agree with itself whether a secret is there."""
+_PASSING = if_exception_type(api.TooManyRequests, api.ServerError, api.Aborted)
+
+Answer = TypeVar("Answer")
+
+
+class SecretManagerTokens:
+    """Tokens of one Google Cloud project, reachable from the first of them on.
+
+    A reference is the resource name of a version, with its number: only access by number is strongly consistent
+    right after the version was added, `latest` may be old for minutes
+    (https://cloud.google.com/secret-manager/docs/reference/consistency).
+
+    Args:
+        project: The Google Cloud project's id or number.
+        ttl_seconds: When Secret Manager deletes a secret, counted from the last `put`.
+        emulator: `host:port` of a local server, spoken to without TLS and without credentials.
+        timeout: Seconds for which one call is waited for and, after passing faults, repeated.
+
+    Raises:
+        Misconfigured: There are no credentials.
+    """
+
+    def __init__(
+        self, project: str, *, ttl_seconds: int, emulator: str | None = None, timeout: float = CALL_SECONDS
+    ) -> None:
+        self._project = f"projects/{project}"
+        self._what = f"Secret Manager of project {project}"
+        self._ref = re.compile(
+            rf"(?P<secret>{re.escape(self._project)}/secrets/gemma-export-[0-9a-f]{{64}})/versions/[1-9][0-9]{{0,8}}"
+        )
+        self._ttl = {"seconds": ttl_seconds}
+        self._timeout = timeout
+        with translating(self._what):
+            self._client = _client(emulator)
+
+    def put(self, export_id: str, token: str) -> str:
+        secret_id = f"gemma-export-{hashlib.sha256(export_id.encode()).hexdigest()}"
+        secret = f"{self._project}/secrets/{secret_id}"
+        with translating(self._what):
+            number = self._added(secret_id, secret, token.encode())
+        if number > KEPT_VERSIONS:
+            self._destroy(f"{secret}/versions/{number - KEPT_VERSIONS}")
+        # Not the answer's own name: that has the project's number where ours may have its id.
+        return f"{secret}/versions/{number}"
+
+    def get(self, ref: str) -> str:
+        if not self._ref.fullmatch(ref):  # it comes from a record, and must lead to no other secret
+            raise token_expired()
+        with translating(self._what):
+            try:
+                found = self._called(self._client.access_secret_version, name=ref)
+            except (api.NotFound, api.FailedPrecondition) as error:  # the latter: destroyed or disabled
+                raise token_expired() from error
+        if google_crc32c.value(found.payload.data) != found.payload.data_crc32c:
+            raise Unavailable(f"{self._what}: the token came damaged, its checksum is another: ask again")
+        return found.payload.data.decode()
+
+    def delete(self, ref: str) -> None:
+        match = self._ref.fullmatch(ref)
+        if match is None:
+            return
+        with translating(self._what):
+            try:
+                self._called(self._client.delete_secret, name=match["secret"])
+            except api.NotFound:
+                return  # Somebody else was first, or its time was over.
+
+    def _added(self, secret_id: str, secret: str, data: bytes) -> int:
+        """The number of a new version, of a secret that is made where it is missing and else kept for longer."""
+        payload = {"data": data, "data_crc32c": google_crc32c.value(data)}
+        missing: api.NotFound | None = None
+        for pause in (*_PAUSES, 0):
+            created = self._created(secret_id)
+            try:
+                if not created:
+                    renewed = {"name": secret, "ttl": self._ttl}
+                    self._called(self._client.update_secret, secret=renewed, update_mask={"paths": ["ttl"]})
+                # Repeated like any other call: when an answer was lost, a version too many does no harm.
+                added = self._called(self._client.add_secret_version, parent=secret, payload=payload)
+            except api.NotFound as error:
+                # Deleted a moment ago, by the end of an earlier run: some of its servers have not heard.
+                missing = error
+                time.sleep(pause)
+            else:
+                return int(added.name.rpartition("/")[2])
+        raise Unavailable(f"{self._what}: a secret of this export is just being deleted: ask again") from missing
+
+    def _created(self, secret_id: str) -> bool:
+        secret = {"replication": {"automatic": {}}, "ttl": self._ttl}
+        try:
+            self._called(self._client.create_secret, parent=self._project, secret_id=secret_id, secret=secret)
+        except api.AlreadyExists:
+            return False
+        return True
+
+    def _destroy(self, version: str) -> None:
+        try:
+            self._called(self._client.destroy_secret_version, name=version)
+        except (api.NotFound, api.FailedPrecondition):
+            return  # Destroyed before.
+        except FAULTS as error:
+            # The new token is stored, which is what was asked for; the old one goes with its secret.
+            logger.warning("an old version stays for now: %s", translated(error, self._what))
+
+    def _called(self, method: Callable[..., Answer], **request: object) -> Answer:
+        retry = Retry(predicate=_PASSING, initial=0.1, maximum=2.0, timeout=self._timeout)
+        return method(request=request, retry=retry, timeout=self._timeout)
+
+
+def _client(emulator: str | None) -> secretmanager.SecretManagerServiceClient:
+    if emulator is None:
+        return secretmanager.SecretManagerServiceClient()
+    channel = grpc.insecure_channel(emulator, options=[("grpc.enable_http_proxy", 0)])
+    return secretmanager.SecretManagerServiceClient(transport=SecretManagerServiceGrpcTransport(channel=channel))
