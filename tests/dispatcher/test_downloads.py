@@ -1,6 +1,5 @@
 """Where a finished export's files can be fetched, as its status answer says it."""
 
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from urllib.request import urlopen
@@ -11,6 +10,7 @@ from dispatcher import answers
 from dispatcher.downloads import RETRY_AFTER, DownloadLinks, Downloads
 from dispatcher.errors import Unavailable
 from dispatcher.local_artifacts import LocalArtifacts
+from tests.dispatcher.server import served
 from tests.dispatcher.world import World
 
 LIFE = timedelta(hours=1)
@@ -29,13 +29,6 @@ class Signing(LocalArtifacts):
             raise Unavailable("nobody signs")
         self.signed += 1
         return f"{super().download_url(uri, expires)}?{self.signed}"
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    world = World(tmp_path)
-    yield world
-    world.close()
 
 
 @pytest.fixture
@@ -70,6 +63,16 @@ def test_a_finished_export_says_where_each_of_its_files_is(world: World) -> None
         with urlopen(file["url"]) as content:  # noqa: S310  # a file of ours
             assert len(content.read()) == file["bytes"]
     assert answer["downloads_expire_at"] == (world.clock() + LIFE).isoformat()
+
+
+def test_the_status_over_http_has_downloads_and_a_listing_has_none(world: World) -> None:
+    """A page of exports would ask for thousands of signatures."""
+    completed(world)
+    with served(world) as http:
+        status = http.get("/exports/job.merged").json()
+        (listed,) = http.get("/exports").json()["exports"]
+    assert [file["name"] for file in status["downloads"]] == ["export.json", "model.safetensors"]
+    assert not listed.keys() & {"downloads", "downloads_expire_at"}
 
 
 def test_an_adapter_is_told_by_what_lies_there(world: World) -> None:

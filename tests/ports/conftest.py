@@ -11,10 +11,13 @@ from urllib.parse import urlsplit
 import pytest
 
 from dispatcher.artifacts import ArtifactStore, open_artifacts
+from dispatcher.gcs_artifacts import GcsArtifacts
 from dispatcher.records import RecordStore, open_records
 from dispatcher.tokens import TokenStore, open_tokens
 from infra.local.secret_manager import LocalSecretManager
+from infra.local.storage import StorageProxy
 from tests.buckets import new_bucket
+from tests.ports.storing import CHUNK_BYTES, QUICK
 
 
 @pytest.fixture(params=["sqlite", "firestore"])
@@ -74,6 +77,20 @@ def artifacts(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
 def bucket(storage_server: str) -> str:
     """The name of an empty bucket."""
     return new_bucket()
+
+
+@pytest.fixture
+def cloud(storage_proxy: StorageProxy) -> Iterator[StorageProxy]:
+    """Cloud Storage, whose faults and requests are the test's own."""
+    storage_proxy.heal()
+    yield storage_proxy
+    storage_proxy.heal()
+
+
+@pytest.fixture
+def store(cloud: StorageProxy, bucket: str) -> ArtifactStore:
+    """Artifacts in Cloud Storage, with small requests that are soon tried again."""
+    return GcsArtifacts(bucket, retry=QUICK, chunk_bytes=CHUNK_BYTES)
 
 
 @pytest.fixture(params=["file", "secretmanager"])

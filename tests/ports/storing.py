@@ -2,8 +2,25 @@
 
 import threading
 
+from google.cloud.storage.retry import DEFAULT_RETRY
+
 from dispatcher.artifacts import ArtifactStore, StoredFile
+from dispatcher.crc32c import Crc32c
 from dispatcher.errors import ArtifactConflict
+
+CHUNK_BYTES = 256 << 10
+"""The smallest that Cloud Storage takes in one request of several."""
+LARGE = bytes(range(256)) * (2 * CHUNK_BYTES // 256) + b"the end"
+"""Goes up in three requests of a resumable upload."""
+QUICK = DEFAULT_RETRY.with_delay(initial=0.01, maximum=0.02, multiplier=1).with_timeout(5)
+"""Tries again as the client does, only sooner."""
+
+
+def checksum(data: bytes) -> str:
+    """The crc32c of content, as a listing has it."""
+    crc = Crc32c()
+    crc.update(data)
+    return crc.text
 
 
 def put(store: ArtifactStore, path: str, data: bytes) -> StoredFile:
