@@ -167,7 +167,7 @@ def _caller(request: "flask.Request") -> tuple[Service, str]:
     stack = bootstrap.current()
     # With any cloud setting there is no local user, whoever started the server.
     local_user = request.environ.get(LOCAL_USER_KEY) if stack.settings.embedded else None
-    return stack.service, caller(request.headers, local_user)
+    return stack.service, caller(request.headers, local_user, stack.settings.jwt)
 
 
 def _body(request: "flask.Request") -> bytes:
