@@ -27,13 +27,22 @@ _SIGNATURES = {"export_api": "http", "start_export": "cloudevent", "fail_export"
 
 
 @dataclass(frozen=True)
+class Function:
+    """A served function."""
+
+    url: str
+    pid: int
+    """Of its server, whose worker processes do the work."""
+
+
+@dataclass(frozen=True)
 class Cloud:
     """Where everything is, while it runs."""
 
     environment: dict[str, str]
     """What a deployment's process has in its environment: settings, and where the servers are."""
-    url: str
-    """The HTTP function."""
+    functions: dict[str, Function]
+    """By target."""
     run: LocalCloudRun
     secrets: LocalSecretManager
     subscription: str
@@ -43,6 +52,11 @@ class Cloud:
     objects: Path
     """The buckets' objects, one file each."""
 
+    @property
+    def url(self) -> str:
+        """Where the HTTP function answers."""
+        return self.functions["export_api"].url
+
 
 @contextmanager
 def local_cloud(
@@ -50,6 +64,7 @@ def local_cloud(
     *,
     settings: Mapping[str, str] | None = None,
     program: Sequence[str] = EXPORTER,
+    deliveries: int = 5,
 ) -> Iterator[Cloud]:
     """Brings a deployment up under a directory, and down again.
 
@@ -57,6 +72,7 @@ def local_cloud(
         directory: Where objects and logs lie.
         settings: Further variables for the functions and the job.
         program: What the job's image runs, with the job id as its last argument.
+        deliveries: After so many a message is a dead letter.
 
     Raises:
         MissingServerError: A server is not on this machine.
@@ -86,17 +102,19 @@ def local_cloud(
 
         stack.enter_context(topic(PROJECT, TOPIC))
         dead_letters = stack.enter_context(topic(PROJECT, DEAD_LETTERS))
-        urls = {target: stack.enter_context(function(target, environment, logs)) for target in _SIGNATURES}
+        functions = {target: stack.enter_context(_function(target, environment, logs)) for target in _SIGNATURES}
+        starting = push_endpoint(functions["start_export"], TOPIC)
+        failing = push_endpoint(functions["fail_export"], DEAD_LETTERS)
         subscription = stack.enter_context(
-            pushed(PROJECT, TOPIC, _endpoint(urls["start_export"], TOPIC), dead_letters=dead_letters)
+            pushed(PROJECT, TOPIC, starting, dead_letters=dead_letters, deliveries=deliveries)
         )
-        stack.enter_context(pushed(PROJECT, DEAD_LETTERS, _endpoint(urls["fail_export"], DEAD_LETTERS)))
-        yield Cloud(environment, urls["export_api"], run, secrets, subscription, logs, objects)
+        stack.enter_context(pushed(PROJECT, DEAD_LETTERS, failing))
+        yield Cloud(environment, functions, run, secrets, subscription, logs, objects)
 
 
 @contextmanager
-def function(target: str, environment: Mapping[str, str], logs: Path) -> Iterator[str]:
-    """One of the dispatcher's functions, served as Cloud Run functions does; yields its URL."""
+def _function(target: str, environment: Mapping[str, str], logs: Path) -> Iterator[Function]:
+    """One of the dispatcher's functions, served as Cloud Run functions does."""
     source = ["--source", str(Path(main.__file__)), "--target", target, "--signature-type", _SIGNATURES[target]]
 
     def command(port: int) -> list[str]:
@@ -105,8 +123,8 @@ def function(target: str, environment: Mapping[str, str], logs: Path) -> Iterato
 
     path = "/health" if _SIGNATURES[target] == "http" else "/"
     log = logs / f"{target}.log"
-    with servers.running(f"the function {target}", command, path=path, environment=environment, log=log) as port:
-        yield f"http://{servers.HOST}:{port}"
+    with servers.running(f"the function {target}", command, path=path, environment=environment, log=log) as server:
+        yield Function(f"http://{servers.HOST}:{server.port}", server.pid)
 
 
 def gateway_header(user: str) -> dict[str, str]:
@@ -115,9 +133,9 @@ def gateway_header(user: str) -> dict[str, str]:
     return {USERINFO_HEADER: claims}
 
 
-def _endpoint(url: str, name: str) -> str:
-    # functions-framework takes a raw push for a Pub/Sub event by this form of its path.
-    return f"{url}/projects/{PROJECT}/topics/{name}"
+def push_endpoint(function: Function, name: str) -> str:
+    """Where a function takes a topic's raw pushes: functions-framework knows them by this form of the path."""
+    return f"{function.url}/projects/{PROJECT}/topics/{name}"
 
 
 def _process() -> dict[str, str]:

