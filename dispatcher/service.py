@@ -198,21 +198,27 @@ class Service:
         raise _contended(request.export_id)
 
     def _queued(self, request: ExportRequest, user: str, fingerprint: str, traceparent: str | None) -> ExportRecord:
+        ref: str | None = None
         for _ in range(RACES):
             old, now = self._records.get_export(request.export_id), self._clock()
             standing = _Standing.STALE if old is None else self._standing(old, fingerprint)
             if old is not None and standing is _Standing.CURRENT:
+                if ref is not None:  # the export was completed meanwhile, without it
+                    self._tokens.delete(ref)
                 return old
             if old is not None and old.state in UNFINISHED:
                 back = self._trigger.reclaimed(old)
                 if back is not None:
                     self._records.replace_export(old, back)
                     continue
-                record = self._with_token(old, request)
+                ref = ref or self._stored_token(request)
+                record = self._with_token(old, ref)
+                if record.state not in UNFINISHED:
+                    continue
                 waits = record.state is State.QUEUED and self._trigger.is_overdue(record)
                 return self._trigger.publish(record, traceparent) if waits else record
             self._refuse_too_many(user)
-            ref = self._stored_token(request)
+            ref = ref or self._stored_token(request)
             if old is None:
                 new = lifecycle.requested(
                     request, user_id=user, adapter_fingerprint=fingerprint, token_ref=ref, now=now
@@ -262,20 +268,20 @@ class Service:
             return None
         return self._tokens.put(request.export_id, request.hf_token.get_secret_value())
 
-    def _with_token(self, record: ExportRecord, request: ExportRequest) -> ExportRecord:
-        """The record, after a token that came with a repeated request was put where its exporter looks."""
-        ref = self._stored_token(request)
-        if ref is None or ref == record.token_ref:
+    def _with_token(self, record: ExportRecord, ref: str | None) -> ExportRecord:
+        """The record, after a token that came with a repeated request was put where its exporter looks.
+
+        An export that has ended meanwhile is left as it is, and so is what is stored for it: a record that failed
+        for a passing reason still refers to it.
+        """
+        if ref is None:
             return record
 
         def referring(current: ExportRecord) -> ExportRecord | None:
-            waits = current.state in UNFINISHED
-            return lifecycle.noted(current, self._clock(), token_ref=ref) if waits else None
+            lacks_it = current.state in UNFINISHED and current.token_ref != ref
+            return lifecycle.noted(current, self._clock(), token_ref=ref) if lacks_it else None
 
-        current = update(self._records, record.export_id, referring)
-        if current.token_ref != ref:
-            self._tokens.delete(ref)
-        return current
+        return update(self._records, record.export_id, referring)
 
 
 def _fingerprint(files: list[StoredFile]) -> str:

@@ -1,6 +1,7 @@
 """What a caller gets, whatever has happened to the export before."""
 
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,45 @@ from dispatcher.errors import (
     TooManyExports,
     Unavailable,
 )
+from dispatcher.tokens import TokenStore, open_tokens
+from infra.local.secret_manager import LocalSecretManager
 from tests.dispatcher.world import World
+
+TOKEN = "hf_secretsecret"
+
+
+class Meanwhile:
+    """A token store in which something else happens while a token is being stored."""
+
+    def __init__(self, store: TokenStore) -> None:
+        self._store = store
+        self.happens: list[Callable[[], object]] = []
+
+    def put(self, export_id: str, token: str) -> str:
+        while self.happens:
+            self.happens.pop()()
+        return self._store.put(export_id, token)
+
+    def get(self, ref: str) -> str:
+        return self._store.get(ref)
+
+    def delete(self, ref: str) -> None:
+        self._store.delete(ref)
+
+
+Contended = tuple[World, Meanwhile, LocalSecretManager]
+
+
+@pytest.fixture
+def contended(tmp_path: Path) -> Iterator[Contended]:
+    """A world with a job, whose tokens lie in Secret Manager, where each put has a reference of its own."""
+    server = LocalSecretManager("project")
+    with server.serving() as address:
+        tokens = Meanwhile(open_tokens(f"secretmanager://project?emulator={address}", ttl_seconds=3600))
+        world = World(tmp_path, tokens=tokens)
+        world.job()
+        yield world, tokens, server
+        world.close()
 
 
 def test_a_first_request_is_recorded_and_published(world: World) -> None:
@@ -258,6 +297,55 @@ def test_a_newer_token_replaces_the_stored_one(world: World) -> None:
     world.submit(hf_token="hf_second")
     assert record.token_ref is not None
     assert world.tokens.get(record.token_ref) == "hf_second"
+
+
+def test_a_token_is_stored_once_however_many_races_its_request_loses(contended: Contended) -> None:
+    """Another request for the same export comes first; its exporter gets the token that came second."""
+    world, tokens, server = contended
+    tokens.happens.append(world.submit)
+    record = world.submit(hf_token=TOKEN)
+    assert record == world.record()
+    assert record.token_ref is not None
+    assert world.tokens.get(record.token_ref) == TOKEN
+    assert server.payloads() == [TOKEN.encode()]
+
+
+def test_of_requests_at_once_the_record_has_the_token_of_one(contended: Contended) -> None:
+    """Whichever comes last; the token of the other is readable as long, and goes with it."""
+    world, tokens, server = contended
+    tokens.happens.append(lambda: world.submit(hf_token="hf_otherother"))
+    ref = world.submit(hf_token=TOKEN).token_ref
+    assert ref is not None
+    assert world.tokens.get(ref) == TOKEN
+    assert server.payloads() == [b"hf_otherother", TOKEN.encode()]
+    world.service.cancel("job.merged", "ann")
+    assert server.payloads() == []
+
+
+def test_a_token_for_an_export_that_is_completed_meanwhile_is_not_kept(contended: Contended) -> None:
+    """The answer is the finished export, and nobody is left to delete the token later."""
+    world, tokens, server = contended
+    world.launched()
+    world.claim()
+    tokens.happens.append(world.complete)
+    record = world.submit(hf_token=TOKEN)
+    assert (record.state, record.token_ref) == (State.COMPLETED, None)
+    assert server.payloads() == []
+
+
+@pytest.mark.parametrize("retryable", [False, True])
+def test_an_export_that_fails_meanwhile_is_queued_again_with_the_token(contended: Contended, retryable: bool) -> None:
+    """As if the request had come a moment later: a first token that opened nothing is no reason to refuse a second."""
+    world, tokens, _ = contended
+    world.submit(hf_token="hf_wrongwrong")
+    world.queue.deliver_all(world.trigger)
+    world.claim()
+    tokens.happens.append(lambda: world.fail(retryable=retryable))
+    record = world.submit(hf_token=TOKEN)
+    assert (record.state, record.error) == (State.QUEUED, None)
+    assert record.token_ref is not None
+    assert world.tokens.get(record.token_ref) == TOKEN
+    assert len(world.queue.held) == 1
 
 
 def test_too_many_unfinished_exports_are_refused(tmp_path: Path) -> None:

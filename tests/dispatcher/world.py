@@ -26,7 +26,7 @@ from dispatcher.records import update
 from dispatcher.runner import Execution
 from dispatcher.service import Service
 from dispatcher.sqlite_records import SqliteRecords
-from dispatcher.tokens import FileTokens
+from dispatcher.tokens import FileTokens, TokenStore
 from dispatcher.trigger import Trigger
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -99,12 +99,12 @@ class Machines:
 class World:
     """Everything around the service, and what others (the training service, the exporter) do to it."""
 
-    def __init__(self, home: Path, **limits: int) -> None:
+    def __init__(self, home: Path, *, tokens: TokenStore | None = None, **limits: int) -> None:
         self.home = home
         self.clock = Clock()
         self.records = SqliteRecords(home / "records.db")
         self.artifacts = LocalArtifacts(home / "artifacts")
-        self.tokens = FileTokens(home / "tokens")
+        self.tokens = tokens or FileTokens(home / "tokens")
         self.queue = HeldQueue()
         self.machines = Machines()
         max_unfinished = limits.pop("max_unfinished_per_user", 20)

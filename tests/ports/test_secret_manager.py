@@ -79,6 +79,31 @@ def test_a_secret_is_deleted_by_secret_manager_itself_when_its_time_is_over(
     tokens.delete(ref)
 
 
+def test_a_secret_expires_also_when_its_token_was_the_only_one(
+    tokens: TokenStore, server: LocalSecretManager, clock: Clock
+) -> None:
+    """The first one brings its time to live along."""
+    tokens.put(EXPORT, TOKEN)
+    clock.now += TTL
+    assert server.payloads() == []
+
+
+def test_a_reference_leads_to_no_secret_but_ours(
+    tokens: TokenStore, operator: secretmanager.SecretManagerServiceClient, server: LocalSecretManager
+) -> None:
+    """It comes from a record; the service account may read more than the record's writer."""
+    secret = secretmanager.Secret(replication={"automatic": {}})
+    made = operator.create_secret(parent="projects/project", secret_id="database-password", secret=secret)
+    theirs = operator.add_secret_version(parent=made.name, payload=secretmanager.SecretPayload(data=b"x"))
+    ref = tokens.put(EXPORT, TOKEN)
+    refused = [theirs.name, theirs.name.replace(NUMBER, "project"), ref.replace("/project/", f"/{NUMBER}/")]
+    for made_up in (*refused, ref.replace("/versions/1", "/versions/latest")):
+        with pytest.raises(TokenExpired):
+            tokens.get(made_up)
+        tokens.delete(made_up)
+    assert server.payloads() == [b"x", TOKEN.encode()]
+
+
 def test_a_reference_names_our_project_as_we_do_and_the_version_by_number(
     tokens: TokenStore, operator: secretmanager.SecretManagerServiceClient
 ) -> None:

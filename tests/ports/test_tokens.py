@@ -79,9 +79,10 @@ SECRET = f"secrets/gemma-export-{'f' * 64}"
 def test_a_made_up_reference_finds_and_deletes_nothing(tokens: TokenStore, ref: str) -> None:
     """It comes from a record, and must not become a path, or the name of someone else's secret."""
     kept = tokens.put("job.merged", "hf_one")
-    with pytest.raises(TokenExpired):
-        tokens.get(ref)
-    tokens.delete(ref)
+    for made_up in (ref, f"{kept}/../{kept}"):
+        with pytest.raises(TokenExpired):
+            tokens.get(made_up)
+        tokens.delete(made_up)
     assert tokens.get(kept) == "hf_one"
 
 
