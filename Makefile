@@ -28,10 +28,10 @@ demo-cloud: setup
 	$(BIN)/python -m infra.local.demo
 
 test: setup
-	$(BIN)/pytest -n auto -m "not full"
+	$(BIN)/pytest -n auto --dist loadgroup -m "not full"
 
 test-full: setup
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff check .

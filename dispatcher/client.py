@@ -147,8 +147,9 @@ class HttpClient:
 
         if not url.startswith(("http://", "https://")):
             raise InvalidRequest(f"{url!r} is no URL of a dispatcher: expected http:// or https://")
+        self.headers = dict(headers or {})
         authorization = {"Authorization": f"Bearer {token}"} if token else {}
-        self._http: httpx.Client = httpx.Client(base_url=url, headers={**authorization, **(headers or {})}, timeout=30)
+        self._http: httpx.Client = httpx.Client(base_url=url, headers={**authorization, **self.headers}, timeout=30)
 
     def submit(self, body: Document) -> Document:
         return self._asked("POST", "/export", json=body)

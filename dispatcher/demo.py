@@ -180,11 +180,12 @@ def export(console: Console, client: HttpClient, url: str, job_id: str, export_t
         ExportError: It did not complete.
     """
     body = {"job_id": job_id, "export_type": export_type}
-    typed(console, "curl", ["-d", json.dumps(body), "-H", "content-type: application/json", f"{url}/export"])
+    sent = [part for name, text in client.headers.items() for part in ("-H", f"{name}: {text}")]
+    typed(console, "curl", [*sent, "-d", json.dumps(body), "-H", "content-type: application/json", f"{url}/export"])
     answer = client.submit(body)
     console.print(f"     {answer['status']}")
     if answer["status"] != "completed":
-        typed(console, "curl", [f"{url}/exports/{answer['export_id']}"])
+        typed(console, "curl", [*sent, f"{url}/exports/{answer['export_id']}"])
         answer |= followed(client, answer["export_id"])
         judge(answer)
         console.print(f"     {answer['state']}")

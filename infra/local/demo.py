@@ -15,6 +15,7 @@ import grpc
 import httpx
 from google.cloud import storage
 from rich.console import Console
+from rich.markup import escape
 
 from dispatcher.client import HttpClient
 from dispatcher.demo import compare, export, followed, judge, register, step, train, typed
@@ -30,18 +31,24 @@ WAIT_SECONDS = 90
 
 
 def main() -> int:
-    """Show a deployment working; 0 when the merged model recites what only the adapter knew."""
-    console = Console(highlight=False)
+    """Show it in a temporary directory; 0 when the merged model recites what only the adapter knew."""
     with tempfile.TemporaryDirectory(prefix="gemma-export-demo-cloud-") as temporary:
         try:
-            _show(console, Path(temporary))
+            run(Path(temporary))
         except (ExportError, MissingServerError) as error:
-            console.print(f"[red]{error}[/]", soft_wrap=True)
+            Console().print(f"[red]{escape(str(error))}[/]", soft_wrap=True)
             return 1
     return 0
 
 
-def _show(console: Console, directory: Path) -> None:
+def run(directory: Path) -> None:
+    """Show a deployment working, under a directory.
+
+    Raises:
+        ExportError: Something did not go as it should (`demo_failed`, or the dispatcher's own code).
+        MissingServerError: A server is not on this machine.
+    """
+    console = Console(highlight=False)
     started = time.monotonic()
     step(console, "1/6", "Firestore, Pub/Sub, Cloud Storage, Cloud Run, Secret Manager and three functions come up")
     with local_cloud(directory, settings={"HF_HUB_OFFLINE": "1"}) as cloud:
@@ -49,7 +56,7 @@ def _show(console: Console, directory: Path) -> None:
         try:
             merged = _exported(console, cloud, client, directory)
             _rerun(console, cloud)
-            _replayed(console, cloud, client, directory)
+            _replayed(console, cloud, client)
         finally:
             client.close()
         step(console, "6/6", "the merged model is downloaded, and all three are asked the same question")
@@ -85,7 +92,7 @@ def _rerun(console: Console, cloud: Cloud) -> None:
     console.print(f"     execution {execution.name} ended with 0; {len(before)} objects, as before")
 
 
-def _replayed(console: Console, cloud: Cloud, client: HttpClient, directory: Path) -> None:
+def _replayed(console: Console, cloud: Cloud, client: HttpClient) -> None:
     step(
         console, "5/6", "Cloud Run has no quota left: the message is dead-lettered; then it has, and a day is replayed"
     )

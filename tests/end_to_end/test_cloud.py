@@ -27,6 +27,7 @@ from tests.exporter.hub import TOKEN, Hub, hub_serving
 from tests.gemmas import make_adapter, save_base
 from tests.waiting import until
 
+pytestmark = pytest.mark.xdist_group("cloud")
 LEASE_SECONDS = 8
 TRACE = "ab" * 16
 WATCHED = """

@@ -9,6 +9,9 @@ import pytest
 
 from dispatcher import demo
 from dispatcher.errors import ExportError
+from infra.local import demo as cloud_demo
+from infra.local import servers
+from tests.conftest import missing
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,18 @@ def test_a_model_that_was_not_merged_fails_the_demo(shown: Path) -> None:
 def test_a_directory_of_an_earlier_demo_is_refused(shown: Path) -> None:
     with pytest.raises(ExportError, match="name another directory"):
         demo.run(shown)
+
+
+@pytest.mark.xdist_group("cloud")
+def test_the_cloud_demo_shows_request_rerun_and_replay(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It refuses by itself whatever does not go as it should."""
+    try:
+        cloud_demo.run(tmp_path)
+    except servers.MissingServerError as error:
+        missing(error)
+    said = capfd.readouterr().out
+    assert "It works." in said
+    assert "could_not_start" in said
 
 
 def _compared(directory: Path, merged: Path) -> tuple[int, dict[str, dict[str, object]]]:
