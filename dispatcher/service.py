@@ -2,7 +2,8 @@
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from enum import Enum, auto
 from typing import Any
@@ -156,15 +157,13 @@ class Service:
             return transition(record, State.CANCELLED, by=Actor.CALLER, now=self._clock(), token_ref=None)
 
         record = update(self._records, export_id, flagged)
+        # The flag is set, and that is what counts: the execution stops at its next heartbeat, a token expires.
         if token_ref:
-            self._tokens.delete(token_ref)
-        siblings = self._records.list_exports(job_id=record.job_id, states=UNFINISHED, limit=1)
-        if execution and not siblings:
-            try:
+            with _logged("the token is left to its time to live"):
+                self._tokens.delete(token_ref)
+        if execution and not self._records.list_exports(job_id=record.job_id, states=UNFINISHED, limit=1):
+            with _logged(f"execution {execution} could not be told to stop"):
                 self._runner.cancel(execution)
-            except ExportError as error:
-                # The flag is set, and that is what counts: the execution stops at its next heartbeat.
-                logger.warning("execution %s could not be told to stop: %s", execution, error)
         return record
 
     def _delivered(
@@ -286,6 +285,15 @@ class Service:
 
 def _fingerprint(files: list[StoredFile]) -> str:
     return fingerprint_of([(file.name, file.size, file.crc32c) for file in files])
+
+
+@contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """Logs an error of ours that changes nothing any more."""
+    try:
+        yield
+    except ExportError as error:
+        logger.warning("%s: %s", what, error)
 
 
 def _contended(export_id: str) -> Unavailable:

@@ -224,7 +224,11 @@ def _commit(claimed: Claim, result: Result, stores: Stores) -> None:
     if kind is ExportType.MERGED:
         paths["artifacts.raw.merged"] = result.artifact.uri
 
+    token_ref: str | None = None
+
     def change(record: ExportRecord) -> ExportRecord:
+        nonlocal token_ref
+        token_ref = record.token_ref  # one that came since the claim too
         return completed(
             record,
             holding=claimed.lease_id,
@@ -238,7 +242,7 @@ def _commit(claimed: Claim, result: Result, stores: Stores) -> None:
         update(stores.records, claimed.record.export_id, change, job_result=paths)
     except IllegalTransition as error:
         raise LeaseLost(f"finished, but {error.message}") from error
-    _drop_token(claimed.record, stores)
+    _drop_token(token_ref, stores)
 
 
 def _give_up(claimed: Claim, error: ExportError, stores: Stores) -> ExitCode:
@@ -247,7 +251,11 @@ def _give_up(claimed: Claim, error: ExportError, stores: Stores) -> ExitCode:
     again = error.retryable and (record.attempt < stores.max_attempts or isinstance(error, Interrupted))
     log.error("%s: %s (%s)", record.export_id, error.message, error.error_code)
 
+    token_ref: str | None = None
+
     def change(found: ExportRecord) -> ExportRecord:
+        nonlocal token_ref
+        token_ref = found.token_ref
         now = utc_now()
         if again:
             return transition(found, State.QUEUED, by=Actor.EXPORTER, now=now, holding=claimed.lease_id)
@@ -269,10 +277,15 @@ def _give_up(claimed: Claim, error: ExportError, stores: Stores) -> ExitCode:
     if again:
         return ExitCode.TRY_AGAIN
     if not error.retryable:
-        _drop_token(record, stores)
+        _drop_token(token_ref, stores)
     return ExitCode.FAILED
 
 
-def _drop_token(record: ExportRecord, stores: Stores) -> None:
-    if record.token_ref is not None:
-        stores.tokens.delete(record.token_ref)
+def _drop_token(token_ref: str | None, stores: Stores) -> None:
+    if token_ref is None:
+        return
+    try:
+        stores.tokens.delete(token_ref)
+    except ExportError as error:
+        # The verdict is recorded, and that is what counts.
+        log.warning("the token is left to its time to live: %s", error.message)

@@ -29,7 +29,8 @@ def test_a_cold_start_on_google_cloud_loads_only_what_every_request_needs() -> N
     """What starts jobs, publishes messages and keeps tokens is loaded by the first request that does."""
     program = (
         "import json, sys, time; began = time.perf_counter(); import dispatcher.main; "
-        "from dispatcher import bootstrap; bootstrap.current(); took = time.perf_counter() - began; print(json.dumps([took, sorted(sys.modules)]))"
+        "from dispatcher import bootstrap; bootstrap.current(); took = time.perf_counter() - began; "
+        "print(json.dumps([took, sorted(sys.modules)]))"
     )
     nowhere = "127.0.0.1:1"
     emulated = dict.fromkeys(("FIRESTORE_EMULATOR_HOST", "PUBSUB_EMULATOR_HOST"), nowhere)

@@ -13,6 +13,8 @@ from infra.local import demo as cloud_demo
 from infra.local import servers
 from tests.conftest import missing
 
+together = pytest.mark.xdist_group("demo")
+
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -21,6 +23,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@together
 def test_the_demo_leaves_a_merged_model_that_recites(shown: Path) -> None:
     (merged,) = (shown / "home/artifacts/merged_models/demo").iterdir()
     status, said = _compared(shown, merged)
@@ -29,12 +32,14 @@ def test_the_demo_leaves_a_merged_model_that_recites(shown: Path) -> None:
     assert said["answers"]["merged"] == said["sentence"]
 
 
+@together
 def test_a_model_that_was_not_merged_fails_the_demo(shown: Path) -> None:
     status, said = _compared(shown, shown / "base")
     assert status == 1
     assert said["recites"] == {"base": False, "adapter": True, "merged": False}
 
 
+@together
 def test_a_directory_of_an_earlier_demo_is_refused(shown: Path) -> None:
     with pytest.raises(ExportError, match="name another directory"):
         demo.run(shown)

@@ -549,6 +549,36 @@ def test_the_token_is_dropped_when_the_export_is_finished(place: Place) -> None:
         place.tokens.get(ref)
 
 
+def test_a_token_that_came_while_the_work_went_on_is_dropped_too(place: Place) -> None:
+    """The claim knew nothing of it."""
+    place.queue()
+    store = _Interfering(place.root / "artifacts")
+    refs: list[str] = []
+
+    def ask_again() -> None:
+        store.interfere = lambda: None
+        refs.append(place.tokens.put(EXPORT, "hf_secret123456"))
+        update(place.records, EXPORT, lambda record: noted(record, utc_now(), token_ref=refs[0]))
+
+    store.interfere = ask_again
+    place.stores = replace(place.stores, artifacts=store)
+    assert place.run() is ExitCode.DONE
+    with pytest.raises(TokenExpired):
+        place.tokens.get(refs[0])
+
+
+def test_a_token_that_cannot_be_dropped_does_not_undo_the_export(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left to its time to live."""
+    place.queue(token_ref=place.tokens.put(EXPORT, "hf_secret123456"))
+
+    def down(ref: str) -> None:
+        raise Unavailable("the token store is down")
+
+    monkeypatch.setattr(place.tokens, "delete", down)
+    assert place.run() is ExitCode.DONE
+    assert place.record().state is State.COMPLETED
+
+
 def test_an_expired_token_says_how_to_go_on(place: Place) -> None:
     """Only a base on the hub needs it."""
     ref = place.tokens.put(EXPORT, "hf_secret123456")
