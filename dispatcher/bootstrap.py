@@ -89,7 +89,12 @@ def current() -> Stack:
     """This process's stack. functions-framework loads `main.py` as a second module, so it cannot keep it."""
     with _lock:
         if not _installed:
+            _configure_logs(None)  # so that a setting that cannot be meant is logged like anything else
             settings = Settings.from_env()
-            logs.configure(sys.stdout, {"service": "dispatcher"}, project_id=settings.project_id)
+            _configure_logs(settings.project_id)
             _installed.append(build(settings))
         return _installed[0]
+
+
+def _configure_logs(project_id: str | None) -> None:
+    logs.configure(sys.stdout, {"service": "dispatcher"}, project_id=project_id)

@@ -3,10 +3,10 @@
 Every change is one write with a precondition, so there are no locks to wait for and nothing to roll back.
 """
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import pydantic
 from google.api_core import exceptions as api
 from google.api_core.retry import Retry, if_exception_type
 from google.cloud import firestore
@@ -14,14 +14,22 @@ from google.cloud.firestore_v1.base_document import DocumentSnapshot
 from google.cloud.firestore_v1.base_query import FieldFilter
 
 from dispatcher.contract import ExportRecord, State, TrainingJob
+from dispatcher.errors import ExportError, SourceError
 from dispatcher.google_errors import translating
 from dispatcher.records import job_of, readable_page, unreadable
+
+logger = logging.getLogger(__name__)
 
 CALL_SECONDS = 5.0
 """How long one call may take."""
 RETRY_SECONDS = 10.0
 """How long a call that meets a passing fault is repeated; a caller waits for the answer meanwhile."""
 _PASSING = if_exception_type(api.TooManyRequests, api.ServerError, api.Aborted)
+_JOB_FIELDS = (
+    *("user_id", "status", "base_model_id", "base_model_revision", "provider"),
+    *("adapter_path", "artifacts.raw.adapter"),
+)
+"""What an export needs of a training job; whatever else is in there is not ours, and may be anything."""
 _LOST = (api.AlreadyExists, api.FailedPrecondition)
 """How Firestore says that a document is not what the precondition wants: a lost race."""
 
@@ -44,15 +52,22 @@ class FirestoreRecords:
         self._exports = self._client.collection("exports")
 
     def get_job(self, job_id: str) -> TrainingJob | None:
-        found = self._read(self._jobs.document(job_id))
-        return job_of(job_id, found.to_dict() or {}) if found.exists else None
+        try:
+            found = self._read(self._jobs.document(job_id), _JOB_FIELDS)
+            return job_of(job_id, found.to_dict() or {}) if found.exists else None
+        except ValueError as error:
+            message = f"training job {job_id} holds a value that no export can use: {error}"
+            raise SourceError(message, code="job_document_invalid") from error
 
     def put_job(self, job_id: str, document: dict[str, Any]) -> bool:
-        return self._committed(lambda batch: batch.create(self._jobs.document(job_id), document))
+        place = self._jobs.document(job_id)
+        with translating(self._name):
+            return self._committed(
+                lambda batch: batch.create(place, document), lambda: self._read(place).to_dict() == document
+            )
 
     def get_export(self, export_id: str) -> ExportRecord | None:
-        found = self._read(self._exports.document(export_id))
-        return _record(export_id, found) if found.exists else None
+        return self._record(export_id, None)
 
     def create_export(self, record: ExportRecord, *, job_result: Mapping[str, str] | None = None) -> bool:
         place = self._exports.document(record.export_id)
@@ -66,8 +81,8 @@ class FirestoreRecords:
         self, old: ExportRecord, new: ExportRecord, *, job_result: Mapping[str, str] | None = None
     ) -> bool:
         place = self._exports.document(old.export_id)
-        found = self._read(place)
-        if not found.exists or found.get("revision") != old.revision:
+        found = self._read(place, ["revision"])
+        if (found.to_dict() or {}).get("revision") != old.revision:
             return False
         unchanged = self._client.write_option(last_update_time=found.update_time)
 
@@ -95,21 +110,41 @@ class FirestoreRecords:
         if states is not None:
             query = query.where(filter=FieldFilter("state", "in", sorted(states)))
 
-        def fetch(after: str | None, number: int) -> list[tuple[str, Snapshot]]:
+        def fetch(after: str | None, number: int) -> list[tuple[str, Snapshot | None]]:
             page = query.limit(number)
             if after is not None:
                 page = page.start_after({"__name__": self._exports.document(after)})
             with translating(self._name):
-                return [(found.id, found) for found in page.get(retry=_retry(), timeout=CALL_SECONDS)]
+                try:
+                    return [(found.id, found) for found in page.get(retry=_retry(), timeout=CALL_SECONDS)]
+                except ValueError:
+                    # The client cannot decode one of them, and gives none: each is read by itself then.
+                    ids = page.select(["revision"]).get(retry=_retry(), timeout=CALL_SECONDS)
+                    return [(found.id, None) for found in ids]
 
-        return readable_page(fetch, _record, limit=limit, after=after)
+        return readable_page(
+            fetch, lambda export_id, found: _there(self._record(export_id, found)), limit=limit, after=after
+        )
 
     def close(self) -> None:
         self._client.close()
 
-    def _read(self, place: firestore.DocumentReference) -> Snapshot:
+    def _read(self, place: firestore.DocumentReference, fields: Collection[str] | None = None) -> Snapshot:
         with translating(self._name):
-            return place.get(retry=_retry(), timeout=CALL_SECONDS)
+            return place.get(field_paths=fields, retry=_retry(), timeout=CALL_SECONDS)
+
+    def _record(self, export_id: str, found: Snapshot | None) -> ExportRecord | None:
+        """The record in a document, which is read now if it was not yet."""
+        try:
+            found = found or self._read(self._exports.document(export_id))
+            if not found.exists:
+                return None
+            record = ExportRecord.model_validate(found.to_dict())
+        except ValueError as error:  # pydantic's is one, and so is the client's where it cannot decode a value
+            raise unreadable(export_id) from error
+        if record.export_id != export_id:  # a copy: pages are turned by the document's id
+            raise unreadable(export_id)
+        return record
 
     def _written(
         self,
@@ -121,27 +156,26 @@ class FirestoreRecords:
 
         def with_result(batch: firestore.WriteBatch) -> None:
             write(batch)
-            if job_result:
-                # Keys are field paths: what lies beside them in the document is not touched.
-                batch.update(self._jobs.document(record.job_id), dict(job_result))
+            # Keys are field paths: what lies beside them in the document is not touched.
+            batch.update(self._jobs.document(record.job_id), dict(job_result or {}))
 
         def is_there() -> bool:
             return self.get_export(record.export_id) == record
 
-        try:
-            return self._committed(with_result, is_there)
-        except _GoneError:
-            # The training service may have deleted its job meanwhile; the export is valid all the same.
-            if not job_result or self._read(self._jobs.document(record.job_id)).exists:
+        with translating(self._name):
+            if job_result:
+                try:
+                    return self._committed(with_result, is_there)
+                except (api.NotFound, api.InvalidArgument) as error:
+                    # It is the training service's, which may have deleted it or filled it to Firestore's limit; the
+                    # export is valid all the same.
+                    logger.warning("the document of job %s did not take its result: %s", record.job_id, error)
+            try:
+                return self._committed(write, is_there)
+            except api.NotFound:
                 return False
-        try:
-            return self._committed(write, is_there)
-        except _GoneError:
-            return False
 
-    def _committed(
-        self, write: Callable[[firestore.WriteBatch], None], is_there: Callable[[], bool] = lambda: False
-    ) -> bool:
+    def _committed(self, write: Callable[[firestore.WriteBatch], None], is_there: Callable[[], bool]) -> bool:
         """Whether a write with a precondition held.
 
         Args:
@@ -152,26 +186,18 @@ class FirestoreRecords:
         unanswered: list[Exception] = []
         batch = self._client.batch()
         write(batch)
-        with translating(self._name):
-            try:
-                batch.commit(retry=_retry(unanswered.append), timeout=CALL_SECONDS)
-            except _LOST:
-                return bool(unanswered) and is_there()
-            except api.NotFound as error:
-                raise _GoneError from error
+        try:
+            batch.commit(retry=_retry(unanswered.append), timeout=CALL_SECONDS)
+        except _LOST:
+            return bool(unanswered) and is_there()
         return True
 
 
-class _GoneError(Exception):
-    """A document that was to be updated does not exist."""
+def _there(record: ExportRecord | None) -> ExportRecord:
+    if record is None:
+        raise ExportError("it was deleted while it was listed", code="export_not_found")
+    return record
 
 
 def _retry(on_error: Callable[[Exception], object] | None = None) -> Retry:
     return Retry(predicate=_PASSING, initial=0.1, maximum=2.0, timeout=RETRY_SECONDS, on_error=on_error)
-
-
-def _record(export_id: str, found: Snapshot) -> ExportRecord:
-    try:
-        return ExportRecord.model_validate(found.to_dict())
-    except pydantic.ValidationError as error:
-        raise unreadable(export_id) from error

@@ -137,7 +137,7 @@ def open_queue(url: str, handler: Handler) -> JobQueue:
     """The queue that a URL selects: `inline:` (delivers to `handler`) or `pubsub://project/topic`."""
     if url == "inline:":
         return InlineQueue(handler)
-    match = re.fullmatch(r"pubsub://([^/?#]+)/([^/?#]+)", url)
+    match = re.fullmatch(r"pubsub://([a-z0-9:.-]+)/([A-Za-z0-9._~+%-]+)", url)
     if match:
         from dispatcher.pubsub_queue import PubSubQueue
 

@@ -115,13 +115,9 @@ def transition(
 def _effects(record: ExportRecord, to: State, by: Actor) -> dict[str, Any]:
     """What a move does to the fields besides the lease."""
     if to is Q:
-        anew: dict[str, Any] = {
-            "stage": None,
-            "progress": 0.0,
-            "execution": None,
-            "log_uri": None,
-            "published_at": None,
-        }
+        anew: dict[str, Any] = {"stage": None, "progress": 0.0, "execution": None, "log_uri": None}
+        if by is not Actor.TRIGGER:  # whose message is not acknowledged, and so comes again
+            anew["published_at"] = None
         if record.state not in (S, R):
             anew |= {"error": None, "artifacts": (), "summary": {}, "attempt": 0, "launches": 0}
         elif record.state is S and by is Actor.TRIGGER:

@@ -11,6 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,9 @@ PAGE = 100
 LOCAL_USER_KEY = "gemma_export.local_user"
 """WSGI environ key that `gemma-export serve` sets; no HTTP header can."""
 
+IDS_KEY = "gemma_export.ids"
+"""WSGI environ key for what a request turned out to be about."""
+
 Answer = tuple[str | Iterator[str], int, dict[str, str]]
 Handler = Callable[["flask.Request", str], Answer]
 
@@ -58,22 +62,35 @@ def export_api(request: "flask.Request") -> Answer:
         except Exception as error:  # noqa: BLE001  # the entry point: nothing may end without an answer
             answer = _problem(error)
         milliseconds = round((time.perf_counter() - began) * 1000)
-        logger.info("%s %s -> %d in %d ms", request.method, request.path, answer[1], milliseconds)
+        ids = request.environ.get(IDS_KEY, {})
+        logger.info("%s %s -> %d in %d ms", request.method, request.path, answer[1], milliseconds, extra=ids)
     return answer
 
 
 def start_export(cloud_event: "CloudEvent") -> None:
-    """Start the execution that a Pub/Sub message asks for; raising asks for another delivery."""
+    """Start the execution that a Pub/Sub message asks for; an answer of 503 asks for another delivery."""
     message = _pushed(cloud_event)
-    with bound(message_id=message.message_id, traceparent=message.attributes.get("traceparent")):
+    with _delivered(message):
         bootstrap.current().trigger.deliver(message.body, message.attributes, message_id=message.message_id)
 
 
 def fail_export(cloud_event: "CloudEvent") -> None:
-    """Fail the export that a dead letter names; raising asks for another delivery."""
+    """Fail the export that a dead letter names; an answer of 503 asks for another delivery."""
     message = _pushed(cloud_event)
-    with bound(message_id=message.message_id, traceparent=message.attributes.get("traceparent")):
+    with _delivered(message):
         bootstrap.current().trigger.deliver_dead(message.body, message_id=message.message_id)
+
+
+@contextmanager
+def _delivered(message: "_Pushed") -> Iterator[None]:
+    """Says a refusal in HTTP's words: of an error, Flask would log a traceback, and no ids."""
+    from werkzeug.exceptions import ServiceUnavailable  # here, since whoever called has loaded it already
+
+    with bound(message_id=message.message_id, traceparent=message.attributes.get("traceparent")):
+        try:
+            yield
+        except ExportError as error:
+            raise ServiceUnavailable(clean(error.message, limit=1000)) from error
 
 
 @dataclass(frozen=True)
@@ -132,7 +149,8 @@ def _health(request: "flask.Request", _: str) -> Answer:
 def _submit(request: "flask.Request", _: str) -> Answer:
     service, user = _caller(request)
     wanted = _export_request(_body(request))
-    with bound(job_id=wanted.job_id, export_id=wanted.export_id):
+    request.environ[IDS_KEY] = ids = {"job_id": wanted.job_id, "export_id": wanted.export_id}
+    with bound(**ids):
         record = service.submit(wanted, user, traceparent=traceparent_of(request.headers.get("traceparent")))
     answer = answers.submitted(record, service.now())
     if record.state is State.COMPLETED:
@@ -154,12 +172,14 @@ def _list(request: "flask.Request", _: str) -> Answer:
 
 def _status(request: "flask.Request", export_id: str) -> Answer:
     service, user = _caller(request)
+    request.environ[IDS_KEY] = {"export_id": export_id}
     record = service.status(export_id, user)
     return _json(answers.status(record, service.now(), service.downloads(record)))
 
 
 def _cancel(request: "flask.Request", export_id: str) -> Answer:
     service, user = _caller(request)
+    request.environ[IDS_KEY] = {"export_id": export_id}
     return _json(answers.status(service.cancel(export_id, user), service.now()))
 
 

@@ -31,7 +31,7 @@ class PubSubQueue:
     def publish(self, message: JobMessage, attributes: Mapping[str, str]) -> None:
         from google.api_core.retry import Retry
 
-        from dispatcher.google_errors import FAULTS
+        from dispatcher.google_errors import FAULTS, translated
 
         body = message.model_dump_json().encode()
         retry = Retry(initial=0.1, maximum=2.0, timeout=PUBLISH_SECONDS)
@@ -39,9 +39,12 @@ class PubSubQueue:
             sent = self._publisher().publish(self._topic, body, retry=retry, timeout=PUBLISH_SECONDS, **attributes)
             # The client sends in the background: only its answer says that the message is kept.
             sent.result(timeout=PUBLISH_SECONDS + 1)
-        except (*FAULTS, Unanswered) as error:
+        except Unanswered as error:
+            raise Unavailable(f"{self._topic} does not answer: ask again") from error
+        except FAULTS as error:
             # Whatever the reason, the record is there and waits for the message: asking again sends it.
-            raise Unavailable(f"{self._topic} did not take the message: {str(error)[:300]}") from error
+            fault = translated(error, self._topic)
+            raise Unavailable(fault.message, code=fault.error_code) from error
 
     def close(self) -> None:
         with self._lock:

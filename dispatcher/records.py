@@ -2,6 +2,7 @@
 
 import logging
 import random
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -173,8 +174,9 @@ def open_records(url: str) -> RecordStore:
         from dispatcher.sqlite_records import SqliteRecords
 
         return SqliteRecords(Path(unquote(parts.path)))
-    if parts.scheme == "firestore" and parts.netloc and parts.path.strip("/") and parts.path.count("/") == 1:
+    match = re.fullmatch(r"firestore://([a-z0-9:.-]+)/([a-z0-9-]+|\(default\))", url)
+    if match:
         from dispatcher.firestore_records import FirestoreRecords
 
-        return FirestoreRecords(parts.netloc, parts.path.strip("/"))
+        return FirestoreRecords(match[1], match[2])
     raise Misconfigured(f"record store {url!r}: expected sqlite:///file or firestore://project/database")

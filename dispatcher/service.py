@@ -138,31 +138,36 @@ class Service:
         return self._records.list_exports(user_id=user, job_id=job_id, limit=limit, after=after)
 
     def cancel(self, export_id: str, user: str) -> ExportRecord:
-        """Flag an export as cancelled; whoever works on it sees that at the next heartbeat.
+        """Flag an export as cancelled; whoever works on it sees that at the next heartbeat. Again is no harm.
 
         Raises:
             NotFound, Forbidden: As for `status`.
-            Conflict: It is finished already.
+            Conflict: It is completed, or has failed, already.
         """
         self.status(export_id, user)
         execution: str | None = None
         token_ref: str | None = None
 
-        def flagged(record: ExportRecord) -> ExportRecord:
+        def flagged(record: ExportRecord) -> ExportRecord | None:
             nonlocal execution, token_ref
-            if record.state not in UNFINISHED:
+            if record.state not in UNFINISHED | {State.CANCELLED}:
                 raise Conflict(f"export {export_id} is {record.state}: there is nothing to cancel")
             execution = record.lease.owner if record.state is State.RUNNING and record.lease else record.execution
+            if record.state is State.CANCELLED:
+                return None
             token_ref = record.token_ref
             return transition(record, State.CANCELLED, by=Actor.CALLER, now=self._clock(), token_ref=None)
 
-        record = update(self._records, export_id, flagged)
-        # The flag is set, and that is what counts: the execution stops at its next heartbeat, a token expires.
-        if token_ref:
-            with _logged("the token is left to its time to live"):
-                self._tokens.delete(token_ref)
-        if execution and not self._records.list_exports(job_id=record.job_id, states=UNFINISHED, limit=1):
-            with _logged(f"execution {execution} could not be told to stop"):
+        try:
+            record = update(self._records, export_id, flagged)
+        finally:
+            # Also where the answer was lost: then the record may have forgotten it already.
+            if token_ref:
+                with _logged("the token is left to its time to live"):
+                    self._tokens.delete(token_ref)
+        # The flag is set, and that is what counts: the execution stops at its next heartbeat.
+        with _logged(f"execution {execution} could not be told to stop"):
+            if execution and not self._records.list_exports(job_id=record.job_id, states=UNFINISHED, limit=1):
                 self._runner.cancel(execution)
         return record
 

@@ -11,6 +11,7 @@ from dispatcher.errors import Misconfigured
 DEFAULT_BUCKET = "gemma-export-bucket"
 MAX_DOWNLOAD_URL_SECONDS = 12 * 3600
 """A key of Google's own, which keyless signing uses, may be gone after that."""
+MAX_LEASE_SECONDS = 24 * 3600
 _SCHEMES = {
     "RECORDS_URL": ("sqlite", "firestore"),
     "ARTIFACTS_URL": ("file", "gs"),
@@ -79,6 +80,8 @@ class Settings:
         project = env.get("PROJECT_ID")
         bucket = env.get("GCS_EXPORT_BUCKET_NAME", DEFAULT_BUCKET)
         defaults = _google_urls(project, bucket, env) if project else _embedded_urls(home)
+        if not project:
+            _refuse_half_a_cloud(env, defaults)
         urls = {name: _url(env, name, default) for name, default in defaults.items()}
         cloud = any(name in env for name in _CLOUD_VARIABLES)
         cloud = cloud or any(urlsplit(url).scheme != _SCHEMES[name][0] for name, url in urls.items())
@@ -92,7 +95,7 @@ class Settings:
             tokens_url=urls["TOKENS_URL"],
             embedded=not cloud,
             project_id=project,
-            lease_seconds=_number(env, "LEASE_SECONDS", cls.lease_seconds, at_least=1),
+            lease_seconds=_number(env, "LEASE_SECONDS", cls.lease_seconds, at_least=1, at_most=MAX_LEASE_SECONDS),
             max_unfinished_per_user=_number(env, "MAX_UNFINISHED_PER_USER", cls.max_unfinished_per_user, at_least=1),
             max_attempts=_number(env, "MAX_ATTEMPTS", cls.max_attempts, at_least=1),
             engine=_choice(env, "ENGINE", cls.engine, _ENGINES),
@@ -133,6 +136,16 @@ class Settings:
         if self.project_id:
             environment |= {"PROJECT_ID": self.project_id, "GCS_EXPORT_BUCKET_NAME": self.bucket}
         return environment
+
+
+def _refuse_half_a_cloud(env: Mapping[str, str], defaults: Mapping[str, str]) -> None:
+    """Without its project, a deployment would quietly keep everything on a disk that is gone with its container."""
+    found = [name for name in _CLOUD_VARIABLES if name in env]
+    if found and not defaults.keys() <= env.keys():
+        raise Misconfigured(
+            f"{', '.join(found)} is set and PROJECT_ID is not: expected PROJECT_ID for Google Cloud, "
+            f"each of {', '.join(defaults)}, or no cloud setting at all"
+        )
 
 
 def _embedded_urls(home: Path) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 import logging
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pydantic
@@ -12,13 +13,14 @@ from dispatcher.contract import UNFINISHED, ExportRecord, Failure, JobMessage, L
 from dispatcher.errors import ExportError, LaunchInDoubt, Unavailable
 from dispatcher.jobqueue import JobQueue
 from dispatcher.lifecycle import Actor, transition
-from dispatcher.logs import bound
+from dispatcher.logs import bound, traceparent_of
 from dispatcher.records import RecordStore, every_export, update
 from dispatcher.runner import JobRunner
 
 logger = logging.getLogger(__name__)
 
 REPUBLISH_AFTER = timedelta(minutes=5)
+LAUNCHING = "launch_in_progress"
 RACES = 50
 """How often a compare-and-set may be lost to others before we say so."""
 
@@ -59,8 +61,8 @@ class Trigger:
         """
         message = _read(body, message_id)
         if message is not None:
-            with bound(job_id=message.job_id, export_id=message.export_id):
-                self.start(message, traceparent=attributes.get("traceparent"))
+            with bound(job_id=message.job_id, export_id=message.export_id), _refusals_logged():
+                self.start(message, traceparent=traceparent_of(attributes.get("traceparent")))
 
     def deliver_dead(self, body: bytes, *, message_id: str | None = None) -> None:
         """Take a dead letter off the wire and `give_up` what it names; one that cannot be read is acknowledged.
@@ -70,8 +72,14 @@ class Trigger:
         """
         message = _read(body, message_id)
         if message is not None:
-            with bound(job_id=message.job_id, export_id=message.export_id):
-                self.give_up(message)
+            with bound(job_id=message.job_id, export_id=message.export_id), _refusals_logged():
+                try:
+                    self.give_up(message)
+                except ExportError as error:
+                    if error.retryable:
+                        raise
+                    # No delivery will ever do better, and a dead letter has no dead letters of its own.
+                    logger.error("a dead letter was dropped: %s (%s)", error.message, error.error_code)
 
     def start(self, message: JobMessage, *, traceparent: str | None = None) -> None:
         """Start the execution that a message asks for, once, however often it is delivered.
@@ -102,7 +110,10 @@ class Trigger:
         raise _contended(message)
 
     def give_up(self, message: JobMessage) -> None:
-        """Fail the export whose message was delivered in vain too often, unless it is under way or finished.
+        """Fail the export whose message was delivered in vain too often.
+
+        One that is under way or finished is left alone. One whose launch died is launched again: its message was
+        refused as long as that launch's lease was good, which says nothing about the next.
 
         Raises:
             Unavailable: Deliver it again: a launch may still succeed (`launch_in_progress`), or a port failed.
@@ -117,12 +128,14 @@ class Trigger:
             if record.state not in (State.QUEUED, State.STARTING) or record.execution is not None:
                 logger.info("export %s is %s: its dead letter says nothing new", record.export_id, record.state)
                 return
+            if record.state is State.QUEUED and record.published_at is None:
+                self.publish(record)
+                return
             if lifecycle.holds_live_lease(record, now):
                 raise _launching(record)
-            if self._records.replace_export(
-                record, lifecycle.failed(record, by=Actor.DEAD_LETTER, error=error, now=now)
-            ):
-                logger.error("export %s was given up: %s", record.export_id, why)
+            new = self.reclaimed(record) or lifecycle.failed(record, by=Actor.DEAD_LETTER, error=error, now=now)
+            if self._records.replace_export(record, new) and new.state is State.FAILED:
+                logger.error("export %s was given up: %s", record.export_id, new.error and new.error.message)
                 return
         raise _contended(message)
 
@@ -254,8 +267,19 @@ def _read(body: bytes, message_id: str | None) -> JobMessage | None:
         return None
 
 
+@contextmanager
+def _refusals_logged() -> Iterator[None]:
+    """One line for an error that asks for another delivery; while a launch is under way that is nothing unusual."""
+    try:
+        yield
+    except ExportError as error:
+        level = logging.INFO if error.error_code == LAUNCHING else logging.WARNING
+        logger.log(level, "not acknowledged: %s", error.message, extra={"code": error.error_code})
+        raise
+
+
 def _launching(record: ExportRecord) -> Unavailable:
-    return Unavailable(f"export {record.export_id} is being launched", code="launch_in_progress")
+    return Unavailable(f"export {record.export_id} is being launched", code=LAUNCHING)
 
 
 def _contended(message: JobMessage) -> Unavailable:

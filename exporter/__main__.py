@@ -1,6 +1,7 @@
 """`python -m exporter JOB_ID`: what the cloud runs, what an operator reruns by hand, and what a laptop starts."""
 
 import argparse
+import hashlib
 import logging
 import secrets
 import signal
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     stop = threading.Event()
     _stop_on_signals(stop)
+    logs.configure(sys.stderr, {"job_id": args.job_id})
     try:
         settings = Settings.from_env()
         fields = {"job_id": args.job_id, "execution": settings.execution, "traceparent": settings.traceparent}
@@ -36,15 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # After the cheap checks: it brings in torch.
         from exporter.job import Order, Stores, run_job
 
+        execution = settings.execution or f"local-{secrets.token_hex(6)}"
         order = Order(
             job_id=args.job_id,
-            execution=settings.execution or f"local-{secrets.token_hex(6)}",
+            execution=execution,
             engine=args.engine or settings.engine,
             export_id=settings.export_id,
             lease_id=settings.lease_id,
             export_type=ExportType(args.export_type) if args.export_type else None,
             quantization=args.quantization,
-            force_nonce=secrets.token_hex(4) if args.force else None,
+            force_nonce=_nonce(execution) if args.force else None,
         )
         stores = Stores(
             records=open_records(settings.records_url),
@@ -58,6 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ExportError as error:
         log.error("%s (%s)", error.message, error.error_code)
         return 75 if error.retryable else 1
+    except Exception:
+        # A traceback of the interpreter's own would be no JSON, and would show what a log line must not.
+        log.exception("unexpected fault")
+        return 75
+
+
+def _nonce(execution: str) -> str:
+    """The same for every attempt of an execution, which goes on where the one before ended."""
+    return hashlib.sha256(execution.encode()).hexdigest()[:8]
 
 
 def _stop_on_signals(stop: threading.Event) -> None:

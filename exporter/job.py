@@ -270,6 +270,8 @@ def _give_up(claimed: Claim, error: ExportError, stores: Stores) -> ExitCode:
         update(stores.records, record.export_id, change)
     except IllegalTransition as lost:
         log.warning("not recorded: %s", lost.message)
+        if _is_completed(record.export_id, stores):  # by ourselves: only the answer was lost
+            _drop_token(record.token_ref, stores)
         return ExitCode.DONE
     except Unavailable as unavailable:
         log.error("the verdict could not be recorded, the lease will run out: %s", unavailable.message)
@@ -279,6 +281,14 @@ def _give_up(claimed: Claim, error: ExportError, stores: Stores) -> ExitCode:
     if not error.retryable:
         _drop_token(token_ref, stores)
     return ExitCode.FAILED
+
+
+def _is_completed(export_id: str, stores: Stores) -> bool:
+    try:
+        record = stores.records.get_export(export_id)
+    except ExportError:
+        return False
+    return record is not None and record.state is State.COMPLETED
 
 
 def _drop_token(token_ref: str | None, stores: Stores) -> None:

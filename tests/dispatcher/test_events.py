@@ -1,8 +1,12 @@
 """`start_export` and `fail_export`, as functions-framework calls them: with CloudEvents, and with raw pushes."""
 
 import base64
+import io
 import json
+import logging
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,8 @@ from werkzeug.test import Client
 
 from dispatcher import bootstrap, main
 from dispatcher.contract import State
-from dispatcher.errors import LaunchInDoubt
+from dispatcher.errors import LaunchInDoubt, Unavailable
+from dispatcher.logs import configure
 from dispatcher.settings import Settings
 from tests.dispatcher.server import stack_of
 from tests.dispatcher.world import World
@@ -86,7 +91,7 @@ def test_a_launch_that_fails_is_not_acknowledged(world: World, events: Client) -
     world.job()
     world.submit()
     world.machines.down = True
-    assert push(events, envelope(BODY)) == 500
+    assert push(events, envelope(BODY)) == 503
     world.machines.down = False
     assert push(events, envelope(BODY)) == 200
     assert world.record().execution == "execution-1"
@@ -129,6 +134,19 @@ def test_a_dead_letter_fails_its_export(world: World, dead_letters: Client, send
     assert world.submit().state is State.QUEUED
 
 
+def test_an_export_that_no_runner_takes_is_given_up_with_its_message(
+    world: World, events: Client, dead_letters: Client
+) -> None:
+    """Each refusal gave the lease back; the message was out all the while."""
+    world.job()
+    world.submit()
+    world.machines.down = True
+    for _ in range(5):
+        assert push(events, envelope(BODY)) == 503
+    assert push(dead_letters, envelope(BODY)) == 200
+    assert world.record().state is State.FAILED
+
+
 def test_a_dead_letter_changes_nothing_that_is_under_way_or_done(world: World, dead_letters: Client) -> None:
     """Nor what does not exist."""
     world.job()
@@ -142,15 +160,76 @@ def test_a_dead_letter_changes_nothing_that_is_under_way_or_done(world: World, d
     assert world.record() == done
 
 
-def test_a_dead_letter_waits_for_a_launch_that_may_still_succeed(world: World, dead_letters: Client) -> None:
-    """It comes again; once the launch's lease has run out, the export is given up."""
+def test_a_dead_letter_waits_for_a_launch_that_may_still_succeed_and_then_launches_again(
+    world: World, dead_letters: Client
+) -> None:
+    """The message was refused for the sake of that launch; only when launch after launch dies, it is given up."""
     world.job()
     world.submit()
     world.machines.in_doubt = True
-    with pytest.raises(LaunchInDoubt):
-        world.queue.deliver_all(world.trigger)
-    assert push(dead_letters, envelope(BODY)) == 500
-    assert world.record().state is State.STARTING
-    world.clock.pass_seconds(1000)
+    for launches in range(1, 6):
+        with pytest.raises(LaunchInDoubt):
+            world.queue.deliver_all(world.trigger)
+        assert push(dead_letters, envelope(BODY)) == 503
+        assert (world.record().state, world.record().launches) == (State.STARTING, launches)
+        world.clock.pass_seconds(1000)
+        assert push(dead_letters, envelope(BODY)) == 200
+    error = world.record().error
+    assert error is not None
+    assert (error.code, error.retryable) == ("could_not_start", True)
+    assert world.queue.held == []
+
+
+def test_a_dead_letter_of_an_export_whose_next_message_was_never_sent_sends_it(
+    world: World, dead_letters: Client
+) -> None:
+    """The queue was down when it was queued again."""
+    world.job()
+    world.queue.down = True
+    with pytest.raises(Unavailable):
+        world.submit()
+    assert push(dead_letters, envelope(BODY)) == 503
+    world.queue.down = False
     assert push(dead_letters, envelope(BODY)) == 200
-    assert world.record().state is State.FAILED
+    assert len(world.queue.held) == 1
+    assert world.record().state is State.QUEUED
+
+
+def test_a_dead_letter_of_a_record_that_cannot_be_read_is_dropped(
+    world: World, dead_letters: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A dead letter has no dead letters of its own, so it would come back for a week."""
+    world.job()
+    world.submit()
+    with closing(sqlite3.connect(world.home / "records.db", isolation_level=None)) as database:
+        database.execute("UPDATE exports SET document = '{}'")
+    assert push(dead_letters, envelope(BODY)) == 200
+    assert any("record_invalid" in record.getMessage() for record in caplog.records if record.levelname == "ERROR")
+
+
+def test_a_refusal_is_one_line_with_its_ids_and_code(world: World, events: Client) -> None:
+    """Flask's own line for an error would have a traceback and no ids."""
+    world.job()
+    world.submit()
+    world.machines.down = True
+    lines = io.StringIO()
+    before = logging.root.handlers[:], logging.root.level
+    configure(lines, project_id="p")
+    try:
+        assert push(events, envelope(BODY, traceparent=f"00-{'a' * 32}-{'b' * 16}-01")) == 503
+    finally:
+        logging.root.handlers[:], logging.root.level = before
+    (line,) = [json.loads(line) for line in lines.getvalue().splitlines() if "not acknowledged" in line]
+    assert line["severity"] == "WARNING"
+    assert (line["job_id"], line["export_id"], line["message_id"]) == ("job", "job.merged", "message-1")
+    assert line["code"] == "unavailable"
+    assert line["logging.googleapis.com/trace"] == f"projects/p/traces/{'a' * 32}"
+    assert "Traceback" not in lines.getvalue()
+
+
+def test_a_trace_that_is_none_goes_no_further(world: World, events: Client) -> None:
+    """Into no environment, whoever published the message."""
+    world.job()
+    world.submit()
+    assert push(events, envelope(BODY, traceparent="hf_secret\nEVIL=1")) == 200
+    assert "TRACEPARENT" not in world.machines.started["execution-1"][1]

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from dispatcher.contract import State
+from dispatcher.contract import ExportRecord, State
 from dispatcher.errors import (
-    Conflict,
     ExportError,
     Forbidden,
     JobNotCompleted,
@@ -413,8 +412,30 @@ def test_cancelling_stops_the_execution_and_drops_the_token(world: World) -> Non
     assert ref is not None
     with pytest.raises(TokenExpired):
         world.tokens.get(ref)
-    with pytest.raises(Conflict):
+    world.machines.cancelled.clear()
+    assert world.service.cancel("job.merged", "ann") == record
+    assert world.machines.cancelled == {"execution-1"}
+
+
+def test_a_cancellation_whose_answer_was_lost_still_drops_the_token(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record has forgotten it by then."""
+    world.job()
+    ref = world.submit(hf_token="hf_secretsecret").token_ref
+    replace = world.records.replace_export
+
+    def lost(old: ExportRecord, new: ExportRecord, **result: Any) -> bool:
+        replace(old, new, **result)
+        raise Unavailable("no answer")
+
+    monkeypatch.setattr(world.records, "replace_export", lost)
+    with pytest.raises(Unavailable):
         world.service.cancel("job.merged", "ann")
+    assert world.record().state is State.CANCELLED
+    assert ref is not None
+    with pytest.raises(TokenExpired):
+        world.tokens.get(ref)
 
 
 def test_an_execution_that_still_has_other_work_is_not_cancelled(world: World) -> None:

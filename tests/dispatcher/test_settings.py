@@ -32,9 +32,6 @@ def test_with_a_project_google_cloud_is_the_default() -> None:
     "variable",
     [
         {"PROJECT_ID": "p"},
-        {"K_SERVICE": "s"},
-        {"CLOUD_RUN_JOB": "j"},
-        {"GCS_EXPORT_BUCKET_NAME": "b"},
         {"ARTIFACTS_URL": "gs://b"},
         {"QUEUE_URL": "pubsub://p/t"},
     ],
@@ -42,6 +39,17 @@ def test_with_a_project_google_cloud_is_the_default() -> None:
 def test_any_cloud_setting_ends_embedded_mode(variable: dict[str, str]) -> None:
     """One is enough: a forgotten variable cannot open the door to a local user."""
     assert not Settings.from_env(variable).embedded
+
+
+@pytest.mark.parametrize("name", ["K_SERVICE", "CLOUD_RUN_JOB", "GCS_EXPORT_BUCKET_NAME"])
+def test_half_a_cloud_is_refused(name: str) -> None:
+    """Without its project, a deployment would keep records and artifacts on a disk that goes with its container."""
+    with pytest.raises(Misconfigured) as error:
+        Settings.from_env({name: "x", "ARTIFACTS_URL": "gs://b"})
+    assert name in error.value.message
+    assert "PROJECT_ID" in error.value.message
+    told = Settings.from_env({"GEMMA_EXPORT_HOME": "/h"}).to_environment()
+    assert not Settings.from_env({name: "x", **told, "ARTIFACTS_URL": "gs://b"}).embedded
 
 
 def test_a_child_process_opens_the_same_stores() -> None:
@@ -65,6 +73,7 @@ def test_a_child_process_opens_the_same_stores() -> None:
         ("LEASE_SECONDS", "-1"),
         ("LEASE_SECONDS", "two minutes"),
         ("LEASE_SECONDS", "1e3"),
+        ("LEASE_SECONDS", "99999999999999999999"),
         ("MAX_ATTEMPTS", "٣"),
         ("CLOUD_RUN_TASK_ATTEMPT", "x"),
         ("ENGINE", "magic"),

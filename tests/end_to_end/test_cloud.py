@@ -102,7 +102,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(root / "hf"), "LEASE_SECONDS": str(LEASE_SECONDS)}
         try:
             program = (sys.executable, str(root / "watched.py"))
-            with local_cloud(root, settings=settings, program=program, deliveries=100) as cloud:
+            with local_cloud(root, settings=settings, program=program) as cloud:
                 deployment = Deployment(root, cloud, hub)
                 yield deployment
                 deployment.http.close()
@@ -174,7 +174,10 @@ def test_a_hundred_copies_of_one_message_start_one_execution(deployment: Deploym
 
 
 def test_a_launch_that_died_before_run_job_comes_back_by_redelivery(deployment: Deployment) -> None:
-    """The function is killed between taking the lease and RunJob; its successor waits for the lease, and launches."""
+    """The function is killed between taking the lease and RunJob; what it leaves is launched again after its lease.
+
+    Until then the message is refused so often that it is dead: nothing is lost by that.
+    """
     deployment.job("job-killed", deployment.root / "base")
     run = deployment.cloud.run
     run.gate.clear()

@@ -167,3 +167,27 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(machine: Machine) -> 
 def test_settings_for_a_child_open_the_same_stores(machine: Machine) -> None:
     settings = Settings.from_env(machine.environment)
     assert Settings.from_env(settings.to_environment()).records_url == settings.records_url
+
+
+def test_every_attempt_of_a_forced_rerun_makes_the_same_version(machine: Machine) -> None:
+    """Or a retried task could not go on with what the one before it left."""
+    machine.records.put_job("job-2", training_document("google/nowhere", machine.root / "adapter"))
+    nonces = []
+    for execution in ("e1", "e1", "e2"):
+        run = machine.start("job-2", "--export-type", "merged", "--force", execution=execution)
+        run.communicate(timeout=60)
+        assert run.returncode == 75
+        record = machine.records.get_export("job-2.merged")
+        assert record is not None
+        nonces.append(record.force_nonce)
+    assert nonces[0] == nonces[1] != nonces[2]
+
+
+def test_a_setting_that_cannot_be_meant_is_one_line_of_json(machine: Machine) -> None:
+    """As whatever else goes wrong before the work."""
+    machine.environment["LEASE_SECONDS"] = "soon"
+    run = machine.start("job-1")
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 1
+    (line,) = said.splitlines()
+    assert "LEASE_SECONDS" in json.loads(line)["message"]

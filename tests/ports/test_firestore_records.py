@@ -11,7 +11,7 @@ from google.cloud import firestore
 from google.cloud.firestore_v1.services.firestore import FirestoreClient
 
 from dispatcher.contract import UNFINISHED, State
-from dispatcher.errors import ExportError, Misconfigured, Unavailable
+from dispatcher.errors import ExportError, Misconfigured, SourceError, Unavailable
 from dispatcher.firestore_records import FirestoreRecords
 from dispatcher.lifecycle import noted
 from dispatcher.records import every_export
@@ -82,8 +82,8 @@ def test_a_write_that_someone_else_overtook_while_its_answer_was_out_is_lost(
     line.before.append(api.ServiceUnavailable("x"))
     snapshot_taken = store._read
 
-    def overtaken(place: Any) -> Any:
-        found = snapshot_taken(place)
+    def overtaken(place: Any, fields: Any = None) -> Any:
+        found = snapshot_taken(place, fields)
         store._read = snapshot_taken  # type: ignore[method-assign]  # only the first read is overtaken
         line.before, faults = [], line.before
         assert store.replace_export(QUEUED, noted(QUEUED, START, execution="theirs"))
@@ -124,6 +124,62 @@ def test_an_unreadable_record_does_not_hide_the_others(store: FirestoreRecords) 
     readable = [f"job{number}.merged" for number in (0, 3, 4, 5)]
     assert [found.export_id for found in store.list_exports(limit=2)] == readable[:2]
     assert [found.export_id for found in every_export(store, {State.QUEUED}, page=1)] == readable
+
+
+def test_what_the_client_cannot_decode_hides_nothing_else(store: FirestoreRecords) -> None:
+    """A reference into another project, say: one in a record, one where a training service may put it."""
+    elsewhere = firestore.Client(project="another-project").document("a/b")
+    for number in range(4):
+        store.create_export(named(f"job{number}.merged"))
+    store.put_job("job", {**JOB, "see_also": elsewhere})
+    store.put_job("odd", {**JOB, "provider": elsewhere})
+    client = firestore.Client(project=store._client.project)
+    client.document("exports/job1.merged").update({"stage": elsewhere})
+    client.close()
+    assert [found.export_id for found in every_export(store, {State.QUEUED}, page=2)] == [
+        f"job{number}.merged" for number in (0, 2, 3)
+    ]
+    with pytest.raises(ExportError) as error:
+        store.get_export("job1.merged")
+    assert error.value.error_code == "record_invalid"
+    job = store.get_job("job")
+    assert job is not None
+    assert job.user_id == "ann"
+    with pytest.raises(SourceError):
+        store.get_job("odd")
+    assert store.create_export(named("job.merged"), job_result={"merged_path": "/m"})
+
+
+def test_a_copied_record_does_not_turn_the_pages_for_ever(store: FirestoreRecords) -> None:
+    """Pages go by the document's id, which a copy made by hand does not have."""
+    for number in range(3):
+        store.create_export(named(f"job{number}.merged"))
+    client = firestore.Client(project=store._client.project)
+    client.document("exports/z-copy").set(client.document("exports/job0.merged").get().to_dict() or {})
+    client.document("exports/y-empty").set({})
+    client.close()
+    found = [record.export_id for record in every_export(store, {State.QUEUED}, page=1)]
+    assert found == [f"job{number}.merged" for number in range(3)]
+    assert not store.replace_export(named("y-empty"), named("y-empty"))
+
+
+def test_a_job_that_takes_no_more_does_not_undo_the_export(
+    store: FirestoreRecords, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its document is at Firestore's limit of 1 MiB; the result is in the record, and the log says the rest."""
+    store.put_job("job", {**JOB, "history": "x" * (2**20 - 300)})
+    store.create_export(QUEUED)
+    new = noted(QUEUED, START, execution="e")
+    assert store.replace_export(QUEUED, new, job_result={"merged_path": "gs://bucket/" + "m" * 1000})
+    assert store.get_export("job.merged") == new
+    assert any("did not take its result" in line.getMessage() for line in caplog.records)
+
+
+def test_a_job_whose_creation_was_not_answered_is_known_to_be_there(store: FirestoreRecords, line: Line) -> None:
+    """It is no other job of that name."""
+    line.after.append(api.ServiceUnavailable("x"))
+    assert store.put_job("job", JOB)
+    assert not store.put_job("job", {**JOB, "user_id": "mallory"})
 
 
 def test_the_export_is_gone_is_a_lost_race_even_with_a_result(store: FirestoreRecords) -> None:

@@ -131,8 +131,9 @@ class TestPubSub:
         """No such topic, or nobody there; in bounded time."""
         monkeypatch.setattr("dispatcher.pubsub_queue.PUBLISH_SECONDS", 0.5)
         nowhere = open_queue("pubsub://project/nowhere", lambda body, attributes: None)
-        with pytest.raises(Unavailable):
+        with pytest.raises(Unavailable) as error:
             nowhere.publish(MESSAGE, {})
+        assert error.value.error_code == "resource_missing"
         nowhere.close()
         monkeypatch.setenv("PUBSUB_EMULATOR_HOST", f"127.0.0.1:{free_port()}")
         nobody = open_queue("pubsub://project/topic", lambda body, attributes: None)
@@ -141,7 +142,9 @@ class TestPubSub:
         nobody.close()
 
 
-@pytest.mark.parametrize("url", ["redis://x", "pubsub:", "pubsub://project", "pubsub://project/a/b", "pubsub:///t"])
+@pytest.mark.parametrize(
+    "url", ["redis://x", "pubsub:", "pubsub://project", "pubsub://project/a/b", "pubsub:///t", "pubsub://p/t t"]
+)
 def test_a_url_that_selects_no_queue_is_refused(url: str) -> None:
     """With what was expected."""
     with pytest.raises(Misconfigured) as error:

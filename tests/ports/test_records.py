@@ -167,7 +167,17 @@ def test_an_update_of_nothing_is_not_found_and_none_leaves_it(records: RecordSto
     assert update(records, "job.merged", lambda old: None) == QUEUED
 
 
-@pytest.mark.parametrize("url", ["mysql://x", "firestore://", "firestore://project", "firestore://project/a/b"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql://x",
+        "firestore://",
+        "firestore://project",
+        "firestore://project/a/b",
+        "firestore://p/(default)?x=1",
+        "firestore://p/(default) ",
+    ],
+)
 def test_a_url_that_selects_no_store_is_refused(url: str) -> None:
     """With what was expected."""
     with pytest.raises(Misconfigured) as error:
