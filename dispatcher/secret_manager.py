@@ -5,6 +5,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import google_crc32c
@@ -14,16 +15,13 @@ from google.api_core.retry import Retry, if_exception_type
 from google.cloud import secretmanager
 from google.cloud.secretmanager_v1.services.secret_manager_service.transports import SecretManagerServiceGrpcTransport
 
-from dispatcher.errors import Unavailable
-from dispatcher.google_errors import FAULTS, translated, translating
-from dispatcher.tokens import token_expired
+from dispatcher.errors import ExportError, Unavailable
+from dispatcher.google_errors import translating
+from dispatcher.tokens import KEPT_TOKENS, token_expired
 
 logger = logging.getLogger(__name__)
 
 CALL_SECONDS = 10.0
-KEPT_VERSIONS = 10
-"""Requests made at once each add a version and write its reference to the record, in any order: the record may end
-with any of theirs, so as many stay readable."""
 _PAUSES = (0.1, 0.3, 0.9)
 """Seconds between tries, while Secret Manager does not agree with itself whether a secret is there."""
 _PASSING = if_exception_type(api.TooManyRequests, api.ServerError, api.Aborted)
@@ -37,6 +35,11 @@ class SecretManagerTokens:
     A reference is the resource name of a version, with its number: only access by number is strongly consistent
     right after the version was added, `latest` may be old for minutes
     (https://cloud.google.com/secret-manager/docs/reference/consistency).
+
+    Versions are destroyed, and the empty secret is left to its time to live. Deleted, it would take a version along
+    that is just being added, which no precondition prevents: adding one does not change the secret's etag
+    (https://cloud.google.com/secret-manager/docs/etags). And the next secret of that name would count from 1 again,
+    so that an old reference could delete a new token.
 
     Args:
         project: The Google Cloud project's id or number.
@@ -54,7 +57,7 @@ class SecretManagerTokens:
         self._project = f"projects/{project}"
         self._what = f"Secret Manager of project {project}"
         self._ref = re.compile(
-            rf"(?P<secret>{re.escape(self._project)}/secrets/gemma-export-[0-9a-f]{{64}})/versions/[1-9][0-9]{{0,8}}"
+            rf"(?P<secret>{re.escape(self._project)}/secrets/gemma-export-[0-9a-f]{{64}})/versions/(?P<number>[1-9][0-9]{{0,8}})"
         )
         self._ttl = {"seconds": ttl_seconds}
         self._timeout = timeout
@@ -66,8 +69,12 @@ class SecretManagerTokens:
         secret = f"{self._project}/secrets/{secret_id}"
         with translating(self._what):
             number = self._added(secret_id, secret, token.encode())
-        if number > KEPT_VERSIONS:
-            self._destroy(f"{secret}/versions/{number - KEPT_VERSIONS}")
+        if number > KEPT_TOKENS:
+            try:
+                self._destroy(secret, number - KEPT_TOKENS)
+            except ExportError as error:
+                # The new token is stored, which is what was asked for.
+                logger.warning("an old version stays for now: %s", error)
         # Not the answer's own name: that has the project's number where ours may have its id.
         return f"{secret}/versions/{number}"
 
@@ -87,11 +94,11 @@ class SecretManagerTokens:
         match = self._ref.fullmatch(ref)
         if match is None:
             return
-        with translating(self._what):
-            try:
-                self._called(self._client.delete_secret, name=match["secret"])
-            except api.NotFound:
-                return  # Somebody else was first, or its time was over.
+        last = int(match["number"])
+        # The referred one first, should it be the only one that can be destroyed; what came before all of these
+        # was destroyed by `put`.
+        for number in range(last, max(0, last - KEPT_TOKENS), -1):
+            self._destroy(match["secret"], number)
 
     def _added(self, secret_id: str, secret: str, data: bytes) -> int:
         """The number of a new version, of a secret that is made where it is missing and else kept for longer."""
@@ -106,7 +113,7 @@ class SecretManagerTokens:
                 # Repeated like any other call: when an answer was lost, a version too many does no harm.
                 added = self._called(self._client.add_secret_version, parent=secret, payload=payload)
             except api.NotFound as error:
-                # Deleted a moment ago, by the end of an earlier run: some of its servers have not heard.
+                # Its time ended a moment ago, or an operator deleted it: some of the servers have not heard.
                 missing = error
                 time.sleep(pause)
             else:
@@ -121,14 +128,9 @@ class SecretManagerTokens:
             return False
         return True
 
-    def _destroy(self, version: str) -> None:
-        try:
-            self._called(self._client.destroy_secret_version, name=version)
-        except (api.NotFound, api.FailedPrecondition):
-            return  # Destroyed before.
-        except FAULTS as error:
-            # The new token is stored, which is what was asked for; the old one goes with its secret.
-            logger.warning("an old version stays for now: %s", translated(error, self._what))
+    def _destroy(self, secret: str, number: int) -> None:
+        with translating(self._what), suppress(api.NotFound, api.FailedPrecondition):  # gone, or destroyed before
+            self._called(self._client.destroy_secret_version, name=f"{secret}/versions/{number}")
 
     def _called(self, method: Callable[..., Answer], **request: object) -> Answer:
         retry = Retry(predicate=_PASSING, initial=0.1, maximum=2.0, timeout=self._timeout)

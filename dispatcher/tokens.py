@@ -1,12 +1,14 @@
 """Where a caller's Hugging Face token waits for the exporter: never in a message, a record or a log."""
 
 import hashlib
+import logging
 import os
 import re
 import secrets
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -14,6 +16,11 @@ from urllib.parse import unquote, urlsplit
 from dispatcher.errors import Misconfigured, TokenExpired, Unavailable
 from dispatcher.settings import Settings
 
+logger = logging.getLogger(__name__)
+
+KEPT_TOKENS = 10
+"""Requests made at once each put a token and write its reference to the record, in any order: the record may end
+with any of theirs, so as many stay readable."""
 _SECRET_MANAGER = re.compile(
     r"secretmanager://(?P<project>[a-z0-9][a-z0-9.:-]*)"
     r"(\?emulator=(?P<emulator>(127\.0\.0\.1|localhost|\[::1\]):[1-9][0-9]{0,4}))?"
@@ -21,13 +28,14 @@ _SECRET_MANAGER = re.compile(
 
 
 class TokenStore(Protocol):
-    """One secret per export. Each method raises Unavailable when the store does not answer."""
+    """Tokens by export, the newest last. Each method raises Unavailable when the store does not answer."""
 
     def put(self, export_id: str, token: str) -> str:
         """Store the token; returns the reference that the record may hold.
 
-        A reference handed out before, by a request made at the same time, still leads to that request's token or
-        to this one.
+        None is handed out twice within its token's time to live, or a late `delete` could hit another token.
+        Of each export the last `KEPT_TOKENS` stay readable: of more requests than that at once, the record may end
+        with a reference whose token is gone.
         """
 
     def get(self, ref: str) -> str:
@@ -38,15 +46,18 @@ class TokenStore(Protocol):
         """
 
     def delete(self, ref: str) -> None:
-        """Remove all that is stored for the reference's export; what is gone already is fine."""
+        """Remove this token and the older ones of its export; what is gone already is fine.
+
+        A newer one stays: it came with a request to do the export again.
+        """
 
 
 class FileTokens:
-    """Tokens in 0600 files of a 0700 directory, named by a hash of the export id.
+    """Tokens in 0600 files of a 0700 directory, each named by a hash of its export id, its time and chance.
 
     Args:
         directory: Made when it is needed.
-        ttl_seconds: After that, a token counts as gone.
+        ttl_seconds: After that, a token counts as gone; the next `put` removes its file.
         clock: Seconds since the epoch.
     """
 
@@ -62,51 +73,89 @@ class FileTokens:
         self._clock = clock
 
     def put(self, export_id: str, token: str) -> str:
-        ref = hashlib.sha256(export_id.encode()).hexdigest()
-        temporary = self._directory / f".{ref}.{secrets.token_hex(8)}"
+        export = hashlib.sha256(export_id.encode()).hexdigest()
         try:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._directory.chmod(0o700)  # one made earlier, or under a strange umask
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            older = self._files(export)
+            # Later than those, whatever the clock says: the order is what `delete` goes by.
+            stamp = max([int(self._clock() * 1e6), *(file.stamp + 1 for file in older)])
+            ref = f"{export}.{stamp:017d}.{secrets.token_hex(8)}"
+            # No temporary name is needed: before the reference is handed out, nobody looks for this one.
+            descriptor = os.open(self._directory / ref, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                     file.write(token)
-                os.replace(temporary, self._directory / ref)
             except BaseException:
-                temporary.unlink(missing_ok=True)
+                (self._directory / ref).unlink(missing_ok=True)
                 raise
         except OSError as error:
             raise Unavailable(f"the token store at {self._directory} cannot be written: {error.strerror}") from error
+        self._purge(export)
         return ref
 
     def get(self, ref: str) -> str:
-        if not _is_hash(ref):
+        found = _File.of(ref)
+        if found is None:
+            raise token_expired()
+        if self._is_old(found):
+            self.delete(ref)
             raise token_expired()
         try:
-            with (self._directory / ref).open(encoding="utf-8") as file:
-                age = self._clock() - os.fstat(file.fileno()).st_mtime
-                token = file.read()
+            return (self._directory / ref).read_text(encoding="utf-8")
         except FileNotFoundError as error:
             raise token_expired() from error
         except OSError as error:
             raise Unavailable(f"the token store at {self._directory} cannot be read: {error.strerror}") from error
-        if age > self._ttl:
-            self.delete(ref)
-            raise token_expired()
-        return token
 
     def delete(self, ref: str) -> None:
-        if not _is_hash(ref):
+        last = _File.of(ref)
+        if last is None:
             return
         try:
-            (self._directory / ref).unlink(missing_ok=True)
+            for file in self._files(last.export):
+                if file.stamp < last.stamp or file.name == ref:
+                    (self._directory / file.name).unlink(missing_ok=True)
         except OSError as error:
             raise Unavailable(f"a token in {self._directory} cannot be removed: {error.strerror}") from error
 
+    def _purge(self, export: str) -> None:
+        """Remove what is too old, of any export, and what is one too many, of this one."""
+        try:
+            old = [file for file in self._files() if self._is_old(file)]
+            for file in [*old, *self._files(export)[:-KEPT_TOKENS]]:
+                (self._directory / file.name).unlink(missing_ok=True)
+        except OSError as error:
+            # The new token is stored, which is what was asked for.
+            logger.warning("old tokens in %s stay for now: %s", self._directory, error.strerror)
 
-def _is_hash(ref: str) -> bool:
-    """A reference comes from a record; one that is no hash could point outside the directory."""
-    return re.fullmatch(r"[0-9a-f]{64}", ref) is not None
+    def _files(self, export: str | None = None) -> list["_File"]:
+        """Every token's file, or those of one export, the oldest first; anything else there is not ours."""
+        try:
+            names = os.listdir(self._directory)
+        except FileNotFoundError:
+            return []
+        files = [file for file in map(_File.of, names) if file is not None and export in (None, file.export)]
+        return sorted(files, key=lambda file: (file.stamp, file.name))
+
+    def _is_old(self, file: "_File") -> bool:
+        return self._clock() - file.stamp / 1e6 > self._ttl
+
+
+@dataclass(frozen=True)
+class _File:
+    """What the name of a token's file says, which is also its reference."""
+
+    name: str
+    export: str
+    stamp: int
+    """Microseconds since the epoch."""
+
+    @classmethod
+    def of(cls, name: str) -> "_File | None":
+        """None for any other name: a reference comes from a record, and could lead out of the directory."""
+        match = re.fullmatch(r"([0-9a-f]{64})\.([0-9]{17})\.[0-9a-f]{16}", name)
+        return cls(name, match[1], int(match[2])) if match else None
 
 
 class _OpenedOnUse:

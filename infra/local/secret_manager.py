@@ -64,7 +64,7 @@ class LocalSecretManager:
         self._parents = (f"projects/{project}", f"projects/{NUMBER}")
         self._clock = clock
         self._secrets: dict[str, _Secret] = {}
-        self._refusals: deque[tuple[grpc.StatusCode, str]] = deque()
+        self._refusals: deque[tuple[grpc.StatusCode | None, str]] = deque()
         self._answers_to_lose = 0
         self._lingering = 0
         self._damages = False
@@ -77,10 +77,10 @@ class LocalSecretManager:
             versions = [version for secret in self._secrets.values() for version in secret.versions]
             return [version.payload for version in versions if version.state != _State.DESTROYED]
 
-    def refuse(self, status: grpc.StatusCode, times: int = 1, *, method: str = "") -> None:
-        """Answer the next calls, of one method or of any, with this status and do nothing."""
+    def refuse(self, status: grpc.StatusCode, times: int = 1, *, method: str = "", skip: int = 0) -> None:
+        """Answer the next calls, of one method or of any, with this status and do nothing; after `skip` others."""
         with self._lock:
-            self._refusals.extend([(status, method)] * times)
+            self._refusals.extend([(None, method)] * skip + [(status, method)] * times)
 
     def lose_answers(self, times: int = 1) -> None:
         """Do what the next AddSecretVersion calls ask for, and then answer UNAVAILABLE."""
@@ -209,7 +209,9 @@ class LocalSecretManager:
         with self._lock:
             self.requests.append(request)
             if self._refusals and type(request).__name__.startswith(self._refusals[0][1]):
-                abort(context, self._refusals.popleft()[0], "Refused, as a test wants it.")
+                status, _ = self._refusals.popleft()
+                if status is not None:
+                    abort(context, status, "Refused, as a test wants it.")
             self._expire()
             yield
 

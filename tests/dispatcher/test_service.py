@@ -293,7 +293,8 @@ def test_a_newer_token_replaces_the_stored_one(world: World) -> None:
     world.submit()
     record = world.submit(hf_token="hf_first")
     assert record.token_ref == world.record().token_ref
-    world.submit(hf_token="hf_second")
+    record = world.submit(hf_token="hf_second")
+    assert record.token_ref == world.record().token_ref
     assert record.token_ref is not None
     assert world.tokens.get(record.token_ref) == "hf_second"
 

@@ -9,8 +9,8 @@ from google.cloud import secretmanager
 from google.cloud.secretmanager_v1.services.secret_manager_service.transports import SecretManagerServiceGrpcTransport
 
 from dispatcher.errors import ExportError, Misconfigured, TokenExpired, Unavailable
-from dispatcher.secret_manager import KEPT_VERSIONS, SecretManagerTokens
-from dispatcher.tokens import TokenStore, open_tokens
+from dispatcher.secret_manager import SecretManagerTokens
+from dispatcher.tokens import KEPT_TOKENS, TokenStore, open_tokens
 from infra.local.secret_manager import NUMBER, LocalSecretManager
 
 EXPORT = "job.merged"
@@ -117,13 +117,34 @@ def test_a_reference_names_our_project_as_we_do_and_the_version_by_number(
     assert found.payload.data == b"hf_two"
 
 
-def test_only_the_latest_versions_stay_readable(tokens: TokenStore, server: LocalSecretManager) -> None:
-    """However often a request is repeated; those of requests made at once still lead to a token."""
-    refs = [tokens.put(EXPORT, f"hf_{number}") for number in range(KEPT_VERSIONS + 2)]
-    assert server.payloads() == [f"hf_{number}".encode() for number in range(2, KEPT_VERSIONS + 2)]
-    assert tokens.get(refs[2]) == "hf_2"
-    with pytest.raises(TokenExpired):
-        tokens.get(refs[1])
+def test_deleting_leaves_an_empty_secret_to_its_time(
+    tokens: TokenStore, server: LocalSecretManager, operator: secretmanager.SecretManagerServiceClient, clock: Clock
+) -> None:
+    """No payload, though: the version number goes on, so that an old reference never is a new token's."""
+    ref = tokens.put(EXPORT, "hf_one")
+    tokens.delete(ref)
+    assert server.payloads() == []
+    secret = ref.partition("/versions/")[0]
+    assert operator.get_secret(name=secret).expire_time.timestamp() == clock.now + TTL
+    assert tokens.put(EXPORT, TOKEN) == f"{secret}/versions/2"
+
+
+def test_a_deletion_that_failed_halfway_is_finished_by_the_next(tokens: TokenStore, server: LocalSecretManager) -> None:
+    """Though the token that is referred to, the first to be destroyed, is gone by then."""
+    refs = [tokens.put(EXPORT, f"hf_{number}") for number in range(3)]
+    server.refuse(grpc.StatusCode.PERMISSION_DENIED, method="DestroySecretVersionRequest", skip=1)
+    with pytest.raises(Misconfigured):
+        tokens.delete(refs[2])
+    assert server.payloads() == [b"hf_0", b"hf_1"]
+    tokens.delete(refs[2])
+    assert server.payloads() == []
+
+
+def test_only_the_latest_versions_are_kept(tokens: TokenStore, server: LocalSecretManager) -> None:
+    """What is not readable is not there."""
+    for number in range(KEPT_TOKENS + 2):
+        tokens.put(EXPORT, f"hf_{number}")
+    assert server.payloads() == [f"hf_{number}".encode() for number in range(2, KEPT_TOKENS + 2)]
 
 
 def test_an_old_version_that_cannot_be_destroyed_does_not_fail_the_new_one(
@@ -133,7 +154,7 @@ def test_an_old_version_that_cannot_be_destroyed_does_not_fail_the_new_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """It is stored by then; what was destroyed by someone else before is fine, any other refusal is logged."""
-    refs = [tokens.put(EXPORT, "hf_old") for _ in range(KEPT_VERSIONS)]
+    refs = [tokens.put(EXPORT, "hf_old") for _ in range(KEPT_TOKENS)]
     operator.destroy_secret_version(name=refs[0])
     assert tokens.get(tokens.put(EXPORT, TOKEN)) == TOKEN
     assert caplog.messages == []
@@ -155,9 +176,14 @@ def test_a_version_that_an_operator_ended_counts_as_expired(
         tokens.get(ref)
 
 
-def test_a_secret_that_is_only_half_deleted_is_waited_for(tokens: TokenStore, server: LocalSecretManager) -> None:
-    """Right after an earlier run, one answer may say that the secret is there and the next that it is not."""
-    tokens.delete(tokens.put(EXPORT, "hf_one"))
+def test_a_secret_that_is_only_half_deleted_is_waited_for(
+    tokens: TokenStore, server: LocalSecretManager, operator: secretmanager.SecretManagerServiceClient
+) -> None:
+    """Right after an operator, or its time, ended it: one answer says that it is there, the next that it is not."""
+    ref = tokens.put(EXPORT, "hf_one")
+    operator.delete_secret(name=ref.partition("/versions/")[0])
+    with pytest.raises(TokenExpired):
+        tokens.get(ref)
     server.linger(1)
     assert tokens.get(tokens.put(EXPORT, TOKEN)) == TOKEN
 

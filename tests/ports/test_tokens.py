@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dispatcher.errors import Misconfigured, TokenExpired, Unavailable
-from dispatcher.tokens import FileTokens, TokenStore, open_tokens
+from dispatcher.tokens import KEPT_TOKENS, FileTokens, TokenStore, open_tokens
 
 
 def test_a_token_is_kept_replaced_and_deleted(tokens: TokenStore) -> None:
@@ -34,20 +34,42 @@ def test_a_token_can_be_stored_again_after_it_was_deleted(tokens: TokenStore) ->
     assert tokens.get(tokens.put("job.merged", "hf_two")) == "hf_two"
 
 
-def test_an_earlier_reference_deletes_all_of_its_export(tokens: TokenStore) -> None:
-    """The record may hold any reference of several requests, and after the end nothing may be left."""
+def test_an_earlier_reference_deletes_no_newer_token(tokens: TokenStore) -> None:
+    """The end of a run may come to delete its token after a request to run again has stored the next."""
     first = tokens.put("job.merged", "hf_one")
     ref = tokens.put("job.merged", "hf_two")
+    for _ in range(2):
+        tokens.delete(first)
+        assert tokens.get(ref) == "hf_two"
+        with pytest.raises(TokenExpired):
+            tokens.get(first)
+
+
+def test_a_reference_is_never_handed_out_again(tokens: TokenStore) -> None:
+    """Or a deletion that comes late, or twice, would hit another token."""
+    first = tokens.put("job.merged", "hf_one")
     tokens.delete(first)
-    with pytest.raises(TokenExpired):
-        tokens.get(ref)
+    ref = tokens.put("job.merged", "hf_two")
+    tokens.delete(first)
+    assert tokens.get(ref) == "hf_two"
+
+
+def test_the_last_tokens_of_an_export_stay_readable(tokens: TokenStore) -> None:
+    """However often a request is repeated; and no more than those, of this export alone."""
+    other = tokens.put("other.merged", "hf_other")
+    refs = [tokens.put("job.merged", f"hf_{number}") for number in range(KEPT_TOKENS + 2)]
+    assert [tokens.get(ref) for ref in refs[2:]] == [f"hf_{number}" for number in range(2, KEPT_TOKENS + 2)]
+    for ref in refs[:2]:
+        with pytest.raises(TokenExpired):
+            tokens.get(ref)
+    assert tokens.get(other) == "hf_other"
 
 
 def test_requests_at_once_all_get_a_reference_that_leads_to_a_token(tokens: TokenStore) -> None:
     """Whichever of them the record ends with."""
     with ThreadPoolExecutor(4) as threads:
         refs = list(threads.map(lambda number: tokens.put("job.merged", f"hf_{number}"), range(4)))
-    assert {tokens.get(ref) for ref in refs} <= {f"hf_{number}" for number in range(4)}
+    assert [tokens.get(ref) for ref in refs] == [f"hf_{number}" for number in range(4)]
 
 
 def test_exports_do_not_share_tokens_and_refs_tell_nothing(tokens: TokenStore) -> None:
@@ -67,7 +89,8 @@ SECRET = f"secrets/gemma-export-{'f' * 64}"
 @pytest.mark.parametrize(
     "ref",
     [
-        *("", "..", "../../etc/passwd", "f" * 63, "F" * 64, "a/b", "f" * 64 + "\n"),
+        *("", "..", "../../etc/passwd", "f" * 64, "a/b"),
+        *(f"{'f' * 64}.{'9' * 17}.{'f' * 16}{end}" for end in ("", "0", "\n", "/../x")),
         f"projects/other/{SECRET}/versions/1",
         f"projects/project/{SECRET}",
         f"projects/project/{SECRET}/versions/latest",
@@ -97,12 +120,33 @@ def test_only_the_owner_may_read_the_files(tmp_path: Path) -> None:
 
 
 def test_a_file_expires(tmp_path: Path) -> None:
-    """After its time to live it is gone from the disk as well."""
+    """After its time to live it is gone from the disk as well, whoever notices: a reader, or the next token."""
+    later = FileTokens(tmp_path, ttl_seconds=100, clock=lambda: time.time() + 101)
     ref = FileTokens(tmp_path).put("job.merged", "hf_one")
     assert FileTokens(tmp_path, ttl_seconds=100, clock=lambda: time.time() + 90).get(ref) == "hf_one"
     with pytest.raises(TokenExpired):
-        FileTokens(tmp_path, ttl_seconds=100, clock=lambda: time.time() + 101).get(ref)
+        later.get(ref)
     assert list(tmp_path.iterdir()) == []
+    FileTokens(tmp_path).put("job.merged", "hf_one")
+    ref = later.put("other.merged", "hf_two")
+    assert [path.name for path in tmp_path.iterdir()] == [ref]
+
+
+def test_what_else_lies_in_the_directory_is_left_alone(tmp_path: Path) -> None:
+    """Whoever names a directory of theirs as token store loses nothing."""
+    (tmp_path / "theirs").write_text("")
+    tokens = FileTokens(tmp_path, ttl_seconds=0, clock=lambda: time.time() + 1e6)
+    tokens.delete(tokens.put("job.merged", "hf_one"))
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_a_clock_that_went_back_changes_no_order(tmp_path: Path) -> None:
+    """The token put last is the newest, whatever time it is."""
+    first = FileTokens(tmp_path).put("job.merged", "hf_one")
+    earlier = FileTokens(tmp_path, clock=lambda: time.time() - 1000)
+    ref = earlier.put("job.merged", "hf_two")
+    earlier.delete(first)
+    assert earlier.get(ref) == "hf_two"
 
 
 def test_a_directory_that_cannot_be_written_is_unavailable(tmp_path: Path) -> None:
