@@ -11,9 +11,16 @@ from typing import Any, TextIO
 
 MAX_TEXT = 8_000
 """Longest text of a field, in characters; Cloud Logging refuses entries over 256 KiB."""
+_NAMES = "api|hub_download|hub_url|raise_for_status|token|transfer|xet"
+"""What begins like a token of Hugging Face's and is a name, in tracebacks and in our own messages."""
 _SECRETS = (
-    (re.compile(r"hf_[A-Za-z0-9]{6,}"), "hf_[removed]"),
-    (re.compile(r"(?i)\b(bearer\s+)[A-Za-z0-9._~+/=-]+"), r"\1[removed]"),
+    # Of users, organizations, OAuth and jobs: hf_…, hf_oauth_…, hf_jwt_…, hf_app_…, api_org_…
+    (re.compile(rf"hf_(?!(?:{_NAMES})(?![A-Za-z0-9_-]))[A-Za-z0-9._-]{{6,}}"), "hf_[removed]"),
+    (re.compile(r"api_org_[A-Za-z0-9]{6,}"), "api_org_[removed]"),
+    # Access tokens of Google's, and JWTs; bounded, or a text full of beginnings would take for ever.
+    (re.compile(r"ya29\.[A-Za-z0-9._-]{6,}"), "ya29.[removed]"),
+    (re.compile(r"eyJ[A-Za-z0-9_-]{4,1000}\.[A-Za-z0-9_-]{4,}\.[A-Za-z0-9_-]*"), "[JWT removed]"),
+    (re.compile(r"(?i)\b(bearer\s+|authorization\W{1,4}basic\s+)[A-Za-z0-9._~+/=-]+"), r"\1[removed]"),
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
@@ -22,7 +29,7 @@ _BOUND: ContextVar[Mapping[str, Any]] = ContextVar("gemma_export_log_fields", de
 
 
 def redact(text: str) -> str:
-    """`text` without Hugging Face and bearer tokens: for log lines and for error texts in records."""
+    """`text` without Hugging Face, Google and bearer tokens: for log lines and for error texts in records."""
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text

@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,6 +61,54 @@ def test_a_token_is_removed_wherever_it_stands(lines: list[dict[str, Any]]) -> N
         logger.exception("failed")
     assert TOKEN not in json.dumps(list(lines))
     assert "RuntimeError" in list(lines)[-1]["exception"]
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *("hf_AbCdEfGhIj", "hf_oauth_eyJhbGciOiJFZERTQSJ9.abc.d-f_g", "hf_jwt_eyJhbGciOiJFZERTQSJ9.abc"),
+        *("hf_app_Abcdefghijk", "hf_sandbox_abcdefgh", "hf_token_abcdef", "hf_hub_downloadX", "api_org_ABCDEFGHIJ"),
+        *("ya29.a0AfH6SMBx-y_z.0123", "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJhbm4ifQ.c2ln-_8"),
+    ],
+)
+@pytest.mark.parametrize("text", ["x {}", "'{}'", "token={}&x=1", "x\\n{}", "https://user:{}@host/"])
+def test_every_family_of_tokens_is_removed_whole(token: str, text: str) -> None:
+    """Also behind its dots and underscores; what stands beside it stays."""
+    before, _, after = text.partition("{}")
+    redacted = redact(text.format(token))
+    assert re.fullmatch(rf"{re.escape(before)}(hf_|api_org_|ya29\.)?\[(JWT )?removed\]{re.escape(after)}", redacted)
+
+
+@pytest.mark.parametrize(
+    "header", ["Authorization: Bearer abc", "authorization: basic YTpi", "{'Authorization': 'Basic YTpi'"]
+)
+def test_what_opens_a_door_in_a_header_is_removed(header: str) -> None:
+    """In a request that a library shows in its error."""
+    assert "[removed]" in redact(header)
+    assert not re.search("abc|YTpi", redact(header))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "POST again with hf_token.",
+        'File "huggingface_hub/hf_api.py", line 1, in hf_hub_download',
+        "in hf_raise_for_status; hf_transfer, hf_xet",
+        "a basic fact, rehf_",
+        "gs://bucket/merged_models/job/eyJob.txt",
+    ],
+)
+def test_what_only_looks_like_a_token_stays(text: str) -> None:
+    """A traceback or a way out that lost its names would help nobody."""
+    assert redact(text) == text
+
+
+def test_a_text_full_of_beginnings_is_searched_in_no_time() -> None:
+    """Whoever sends one holds up nobody."""
+    start = time.perf_counter()
+    for beginning in ("eyJ", "hf_", "eyJaaaa.", "ya29.", "bearer "):
+        redact(beginning * 10_000)
+    assert time.perf_counter() - start < 2
 
 
 @given(st.text(), st.text(st.characters(categories=["L", "N"], max_codepoint=127), min_size=6))
