@@ -74,6 +74,8 @@ def status(record: ExportRecord, now: datetime, downloads: Downloads | None = No
     if downloads is not None:
         answer["downloads"] = [asdict(file) for file in downloads.files]
         answer["downloads_expire_at"] = downloads.expire_at.isoformat()
+        if downloads.left_out:
+            answer["downloads_left_out"] = downloads.left_out
     return answer | _result(record)
 
 

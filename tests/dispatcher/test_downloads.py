@@ -1,5 +1,8 @@
 """Where a finished export's files can be fetched, as its status answer says it."""
 
+import logging
+import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 from urllib.request import urlopen
@@ -7,7 +10,8 @@ from urllib.request import urlopen
 import pytest
 
 from dispatcher import answers
-from dispatcher.downloads import RETRY_AFTER, DownloadLinks, Downloads
+from dispatcher.artifacts import SMALL_FILE_LIMIT
+from dispatcher.downloads import MAX_FILES, RETRY_AFTER, DownloadLinks, Downloads
 from dispatcher.errors import Unavailable
 from dispatcher.local_artifacts import LocalArtifacts
 from tests.dispatcher.server import served
@@ -17,14 +21,28 @@ LIFE = timedelta(hours=1)
 
 
 class Signing(LocalArtifacts):
-    """A directory whose URLs are told apart; refuses to sign while it is told to."""
+    """A directory whose URLs are told apart; refuses to sign, or does not answer, while it is told to.
+
+    Attributes:
+        signed: How many URLs were made.
+        refusing: Whether to refuse.
+        answers: Waited for before a file is read, and before one is signed.
+    """
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.signed = 0
         self.refusing = False
+        self.answers = {"read": threading.Event(), "sign": threading.Event()}
+        for answer in self.answers.values():
+            answer.set()
+
+    def read(self, uri: str, *, limit: int = SMALL_FILE_LIMIT) -> bytes:
+        self.answers["read"].wait()
+        return super().read(uri, limit=limit)
 
     def download_url(self, uri: str, expires: timedelta) -> str | None:
+        self.answers["sign"].wait()
         if self.refusing:
             raise Unavailable("nobody signs")
         self.signed += 1
@@ -124,6 +142,45 @@ def test_what_nobody_signs_fails_no_status(
     assert None not in urls(links.of(world.record()))
 
 
+@pytest.mark.parametrize("hanging", ["read", "sign"])
+def test_a_store_that_hangs_holds_up_no_status(
+    world: World, store: Signing, caplog: pytest.LogCaptureFixture, hanging: str
+) -> None:
+    """The files are not told, or have no URL; which is remembered, so that the next status waits for nothing."""
+    completed(world)
+    links = DownloadLinks(store, LIFE, world.clock, patience=0.1)
+    store.answers[hanging].clear()
+    try:
+        start = time.monotonic()
+        found = links.of(world.record())
+        assert time.monotonic() - start < 1
+        assert found is None if hanging == "read" else urls(found) == [None, None]
+        assert "no answer in time" in caplog.text
+        caplog.clear()
+        assert links.of(world.record()) == found
+        assert caplog.text == ""
+    finally:
+        store.answers[hanging].set()
+    world.clock.pass_seconds(RETRY_AFTER.total_seconds())
+    assert None not in urls(links.of(world.record()))
+
+
+def test_a_folder_of_very_many_files_is_offered_in_part(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """The adapter itself first, the checkpoints that somebody left beside it as there is room; and it is said."""
+    world.job()
+    for number in range(MAX_FILES):
+        folder = world.home / "adapter-job" / f"a-{number:04d}"
+        folder.mkdir()
+        (folder / "state.json").write_text("{}")
+    record = world.submit(export_type="adapter")
+    with caplog.at_level(logging.INFO):
+        answer = answers.status(record, world.clock(), world.service.downloads(record))
+    names = [file["name"] for file in answer["downloads"]]
+    assert names[:3] == ["adapter_config.json", "adapter_model.safetensors", "a-0000/state.json"]
+    assert (len(names), answer["downloads_left_out"]) == (MAX_FILES, 2)
+    assert f"{MAX_FILES} are offered" in caplog.text
+
+
 def test_a_damaged_export_still_has_a_status(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """Only its files cannot be told."""
     completed(world)
@@ -131,5 +188,6 @@ def test_a_damaged_export_still_has_a_status(world: World, caplog: pytest.LogCap
     manifest.write_text("damaged")
     assert world.service.downloads(world.record()) is None
     manifest.unlink()
+    world.clock.pass_seconds(RETRY_AFTER.total_seconds())
     assert world.service.downloads(world.record()) is None
     assert caplog.text.count("cannot be told") == 2
