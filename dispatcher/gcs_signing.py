@@ -4,6 +4,7 @@ Source: https://cloud.google.com/storage/docs/access-control/signed-urls
 """
 
 import threading
+from functools import partial
 
 import google.auth
 from google.auth import iam
@@ -15,6 +16,8 @@ from dispatcher.google_errors import translating
 
 _SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 """Signing through IAM asks for it; the storage client's own scopes do not do."""
+REQUEST_SECONDS = 4.0
+"""The client's own two minutes are more than anyone waits for a status."""
 _TOKEN_URI = "https://oauth2.googleapis.com/token"  # noqa: S105  # no secret; asked for, and never used here
 
 
@@ -25,14 +28,20 @@ class UrlSigner:
         account: Its email; None is the one that the credentials are of.
         credentials: Who asks IAM for a signature; None is whoever this process runs as.
         request: Sends what is asked of Google; None is over the network.
+        timeout: Seconds for which one of its answers is waited for.
     """
 
     def __init__(
-        self, account: str | None = None, *, credentials: Credentials | None = None, request: Request | None = None
+        self,
+        account: str | None = None,
+        *,
+        credentials: Credentials | None = None,
+        request: Request | None = None,
+        timeout: float = REQUEST_SECONDS,
     ) -> None:
         self._account = account
         self._credentials = credentials
-        self._request = request
+        self._request = partial(request or Request(), timeout=timeout)
         self._lock = threading.Lock()
         self._known: list[Signing | None] = []
 
@@ -49,7 +58,7 @@ class UrlSigner:
             return self._known[0]
 
     def _found(self) -> Signing | None:
-        credentials, request = self._credentials, self._request or Request()
+        credentials, request = self._credentials, self._request
         if credentials is None:
             credentials, _ = google.auth.default(scopes=[_SCOPE])
         if self._account is None and isinstance(credentials, Signing):

@@ -68,7 +68,7 @@ class Routed(Request):
         method: str = "GET",
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
-        timeout: float | None = None,
+        timeout: float = 10,
         **more: Any,
     ) -> Response:
         parts = urlsplit(url)

@@ -1,6 +1,8 @@
 """What download URLs of Cloud Storage promise: signed by whom, over what, for how long."""
 
 import hashlib
+import socket
+import time
 import urllib.request
 from collections.abc import Iterator
 from datetime import timedelta
@@ -114,3 +116,15 @@ def test_an_account_that_may_not_sign_is_said(bucket: str, service: Iam, machine
     with pytest.raises(Unavailable) as error:
         store.download_url(store.uri("x"), HOUR)
     assert TOKEN not in error.value.message
+
+
+def test_a_service_that_takes_the_call_and_says_nothing_is_given_up(bucket: str) -> None:
+    """Instead of being waited for as long as it likes."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        request = Routed(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        signer = UrlSigner(NAMED, credentials=Credentials(token=TOKEN), request=request, timeout=0.1)
+        store = GcsArtifacts(bucket, signer=signer)
+        start = time.monotonic()
+        with pytest.raises(Unavailable):
+            store.download_url(store.uri("x"), HOUR)
+        assert time.monotonic() - start < 3
