@@ -22,7 +22,7 @@ class StoredFile:
     size: int
     """Bytes."""
     crc32c: str
-    """Base64 of the 4 big-endian bytes, as Cloud Storage reports it; empty when it was not asked for."""
+    """Base64 of the 4 big-endian bytes, as Cloud Storage reports it; empty where it is not told, see `list`."""
 
 
 class ArtifactWriter(Protocol):
@@ -85,11 +85,12 @@ class ArtifactStore(Protocol):
     def list(self, uri: str, *, checksums: bool = True) -> list[StoredFile]:
         """Every published file under a URI or plain path, recursively, by name; none when nothing is there.
 
-        Without `checksums` no file is read for its crc32c.
+        Without `checksums` no file is read for its crc32c, which is empty then, unless the store knows it anyway.
 
         Raises:
             SourceError: A symbolic link leads out of it (`link_refused`), a name cannot be a file's here
-                (`file_name_invalid`), or the bucket, of someone else, may not be read (`source_forbidden`).
+                (`file_name_invalid`), the bucket, of someone else, may not be read (`source_forbidden`), or it tells
+                no checksum of an object (`checksum_missing`).
         """
 
     def read(self, uri: str, *, limit: int = SMALL_FILE_LIMIT) -> bytes:
@@ -198,12 +199,14 @@ def publish(
         raise
 
 
-def open_artifacts(url: str, *, signing_account: str | None = None) -> ArtifactStore:
+def open_artifacts(url: str, *, signing_account: str | None = None, patience: float | None = None) -> ArtifactStore:
     """The artifact store that a URL selects: `file:///directory` or `gs://bucket`.
 
     Args:
         url: Which one.
         signing_account: The service account that signs download URLs; None is the one that the process runs as.
+        patience: Seconds after which Cloud Storage counts as away, where an HTTP answer waits for it; None is for
+            work that can wait minutes.
 
     Raises:
         Misconfigured: The URL is neither, or Cloud Storage has no credentials here.
@@ -218,5 +221,5 @@ def open_artifacts(url: str, *, signing_account: str | None = None) -> ArtifactS
         # Half a second of imports that a laptop does without.
         from dispatcher.gcs_artifacts import GcsArtifacts
 
-        return GcsArtifacts(parts.netloc, signing_account=signing_account)
+        return GcsArtifacts(parts.netloc, signing_account=signing_account, patience=patience)
     raise Misconfigured(f"artifact store {url!r}: expected file:///directory or gs://bucket")

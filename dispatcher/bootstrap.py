@@ -17,6 +17,8 @@ from dispatcher.trigger import Trigger
 
 CLOUD_LAUNCH_GRACE_SECONDS = 900
 """How long a Cloud Run execution may wait for a GPU before it counts as lost."""
+ANSWER_SECONDS = 5.0
+"""How long an HTTP answer waits for a bucket; the caller is told to ask again then."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ def build(settings: Settings) -> Stack:
         trigger.deliver(body, attributes)
 
     records = open_records(settings.records_url)
-    artifacts = open_artifacts(settings.artifacts_url, signing_account=settings.signing_account)
+    artifacts = open_artifacts(
+        settings.artifacts_url, signing_account=settings.signing_account, patience=ANSWER_SECONDS
+    )
     tokens = open_tokens(settings.tokens_url, ttl_seconds=settings.token_ttl_seconds)
     runner = open_runner(settings.runner_url, log_dir=settings.log_dir, environment=settings.to_environment())
     queue = open_queue(settings.queue_url, deliver)

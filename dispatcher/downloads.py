@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TypeVar
 
-from dispatcher.artifacts import ArtifactStore, file_uri
+from dispatcher.artifacts import ArtifactStore, StoredFile, file_uri
 from dispatcher.contract import Artifact, ExportRecord, State
 from dispatcher.errors import ExportError, Unavailable
 from dispatcher.published import listed_files
@@ -128,15 +128,15 @@ class DownloadLinks:
     def _files(self, artifacts: tuple[Artifact, ...]) -> list[tuple[str, str, int]]:
         """URI, name and size in bytes of each file; what lies in folders, as checkpoints do, comes after the rest."""
         files = [
-            (file_uri(artifact.uri, name), name, size)
+            (file_uri(artifact.uri, file.name), file.name, file.size)
             for artifact in artifacts
-            for name, size in self._sizes(artifact).items()
+            for file in self._listed(artifact)
         ]
         return sorted(files, key=lambda file: (file[1].count("/"), file[1]))
 
-    def _sizes(self, artifact: Artifact) -> dict[str, int]:
+    def _listed(self, artifact: Artifact) -> list[StoredFile]:
         if artifact.manifest is None:
-            return {file.name: file.size for file in self._artifacts.list(artifact.uri, checksums=False)}
+            return self._artifacts.list(artifact.uri, checksums=False)
         return listed_files(self._artifacts, artifact.manifest)
 
 

@@ -28,6 +28,8 @@ from dispatcher.google_errors import translating
 MAX_URL_LIFE = timedelta(hours=12)
 """What IAM signs with, it may have replaced after that."""
 PAGE = 1000
+REQUEST_SECONDS = 60.0
+"""The client's own."""
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]+[a-z0-9]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _LISTED = "items(name,size,crc32c,generation),prefixes,nextPageToken"
@@ -41,6 +43,8 @@ class GcsArtifacts:
         signing_account: Whose signature download URLs bear; None is the service account that this process runs as.
         signer: Signs them instead.
         retry: How each request is tried again.
+        patience: Seconds after which a request and its repetitions are given up, where an HTTP answer waits for them;
+            None is what `retry` says, and a minute for one request.
         page_size: How many objects one request lists.
         chunk_bytes: How much one request uploads; a multiple of 256 KiB, and at most 8 MiB.
 
@@ -55,6 +59,7 @@ class GcsArtifacts:
         signing_account: str | None = None,
         signer: UrlSigner | None = None,
         retry: Retry = DEFAULT_RETRY,
+        patience: float | None = None,
         page_size: int = PAGE,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
@@ -64,7 +69,9 @@ class GcsArtifacts:
         # Nothing of Google's is spoken to without TLS, only an emulator; and that checks no signature.
         emulated = str(self._client.api_endpoint).startswith("http://")
         self._signer = signer or (None if emulated else UrlSigner(signing_account))
-        self._retry = retry
+        # The last request may begin when the time for repetitions is just over.
+        self._retry = retry if patience is None else retry.with_timeout(patience / 2)
+        self._timeout = REQUEST_SECONDS if patience is None else patience / 2
         self._page_size = page_size
         self._chunk_bytes = chunk_bytes
 
@@ -97,7 +104,13 @@ class GcsArtifacts:
             relative = blob.name.removeprefix(prefix)
             if relative and not relative.endswith("/"):  # else a folder, as consoles and FUSE mounts make them
                 _refuse_unsafe(relative, uri)
-                found.append(StoredFile(relative, int(blob.size), str(blob.crc32c) if checksums else ""))
+                if blob.crc32c is None and checksums:
+                    raise SourceError(
+                        f"{uri}/{relative} has no crc32c, as objects under a customer-supplied key have none: "
+                        "store it without such a key",
+                        code="checksum_missing",
+                    )
+                found.append(StoredFile(relative, int(blob.size), blob.crc32c or ""))
         return sorted(found, key=lambda file: file.name)
 
     def read(self, uri: str, *, limit: int = SMALL_FILE_LIMIT) -> bytes:
@@ -110,15 +123,15 @@ class GcsArtifacts:
         blob = self._blob(bucket, name)
         with self._reading(bucket):
             try:
-                blob.reload(retry=self._retry)
+                blob.reload(retry=self._retry, timeout=self._timeout)
             except api.NotFound as error:
                 raise _missing(uri) from error
-        return _GcsReader(self._blob(bucket, name), int(blob.size), int(blob.generation), self._retry)
+        return _GcsReader(self._blob(bucket, name), int(blob.size), int(blob.generation), self._retry, self._timeout)
 
     def exists(self, uri: str) -> bool:
         bucket, name = _place(uri)
         with self._reading(bucket):
-            return bool(name) and bool(self._blob(bucket, name).exists(retry=self._retry))
+            return bool(name) and bool(self._blob(bucket, name).exists(retry=self._retry, timeout=self._timeout))
 
     def delete_prefix(self, path: str) -> int:
         name = checked_path(path)
@@ -156,6 +169,7 @@ class GcsArtifacts:
             page_size=self._page_size,
             fields=_LISTED,
             retry=self._retry,
+            timeout=self._timeout,
         )
 
     @contextmanager
@@ -184,10 +198,11 @@ class GcsArtifacts:
 class _GcsReader:
     """Reads one generation, as long as that is the live one."""
 
-    def __init__(self, blob: Blob, size: int, generation: int, retry: Retry) -> None:
+    def __init__(self, blob: Blob, size: int, generation: int, retry: Retry, timeout: float) -> None:
         self._blob = blob
         self._generation = generation
         self._retry = retry
+        self._timeout = timeout
         self.size = size
 
     def read(self, offset: int, length: int) -> bytes:
@@ -205,6 +220,7 @@ class _GcsReader:
                     raw_download=True,
                     checksum=None,
                     retry=self._retry,
+                    timeout=self._timeout,
                 )
             except (api.NotFound, api.PreconditionFailed) as error:
                 raise Unavailable(

@@ -1,16 +1,17 @@
-"""Whether what was published is still there, told by names and sizes alone: no weights are read."""
+"""Whether what was published is still there, told by what a listing says: no weights are read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import pydantic
 
-from dispatcher.artifacts import ArtifactStore
+from dispatcher.artifacts import ArtifactStore, StoredFile
 from dispatcher.errors import SourceError
 
 
 class _File(pydantic.BaseModel):
     name: str
     bytes: int
+    crc32c: str = ""
 
 
 class _Manifest(pydantic.BaseModel):
@@ -19,8 +20,8 @@ class _Manifest(pydantic.BaseModel):
     files: list[_File]
 
 
-def listed_files(artifacts: ArtifactStore, manifest: str) -> dict[str, int]:
-    """The sizes in bytes of what the manifest at a URI lists, by name, and of the manifest itself.
+def listed_files(artifacts: ArtifactStore, manifest: str) -> list[StoredFile]:
+    """What the manifest at a URI lists, and the manifest itself, whose checksum it cannot tell.
 
     Raises:
         NotFound: There is no manifest.
@@ -31,11 +32,12 @@ def listed_files(artifacts: ArtifactStore, manifest: str) -> dict[str, int]:
         files = _Manifest.model_validate_json(content).files
     except pydantic.ValidationError as error:
         raise SourceError(f"{manifest} is no manifest: its files are not told", code="manifest_unreadable") from error
-    return {file.name: file.bytes for file in files} | {manifest.rpartition("/")[2]: len(content)}
+    itself = StoredFile(manifest.rpartition("/")[2], len(content), "")
+    return [*(StoredFile(file.name, file.bytes, file.crc32c) for file in files), itself]
 
 
 def is_whole(artifacts: ArtifactStore, manifest: str) -> bool:
-    """Whether every file that the manifest at a URI lists lies beside it with its size.
+    """Whether every file that the manifest at a URI lists lies beside it; see `are_there`.
 
     Raises:
         NotFound: There is no manifest: nothing was published there, or all of it was collected.
@@ -47,7 +49,15 @@ def is_whole(artifacts: ArtifactStore, manifest: str) -> bool:
         return False
 
 
-def are_there(artifacts: ArtifactStore, directory: str, sizes: Mapping[str, int]) -> bool:
-    """Whether every one of these files lies under a directory's URI with its size in bytes."""
-    there = {file.name: file.size for file in artifacts.list(directory, checksums=False)}
-    return all(there.get(name) == size for name, size in sizes.items())
+def are_there(artifacts: ArtifactStore, directory: str, files: Iterable[StoredFile]) -> bool:
+    """Whether every one of these files lies under a directory's URI with its size in bytes.
+
+    And with its crc32c, where the store tells that without reading, as Cloud Storage does.
+    """
+    there = {file.name: file for file in artifacts.list(directory, checksums=False)}
+    return all(file.name in there and _is_same(there[file.name], file) for file in files)
+
+
+def _is_same(found: StoredFile, wanted: StoredFile) -> bool:
+    told = found.crc32c and wanted.crc32c
+    return found.size == wanted.size and (not told or found.crc32c == wanted.crc32c)

@@ -109,5 +109,6 @@ def read_manifest(store: ArtifactStore, directory: str) -> dict[str, Any]:
 
 
 def still_holds(store: ArtifactStore, directory: str, manifest: dict[str, Any]) -> bool:
-    """Whether every file that a manifest lists lies there with its size."""
-    return are_there(store, store.uri(directory), {file["name"]: file["bytes"] for file in manifest.get("files", [])})
+    """Whether every file that a manifest lists lies there; see `are_there`."""
+    files = [StoredFile(file["name"], file["bytes"], file.get("crc32c", "")) for file in manifest.get("files", [])]
+    return are_there(store, store.uri(directory), files)

@@ -1,14 +1,21 @@
 """What only a bucket shows: preconditions, pages, names that no file has, other buckets, and a service that is away."""
 
+import json
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
+from dispatcher.artifacts import StoredFile, open_artifacts
 from dispatcher.errors import Misconfigured, NotFound, SourceError, Unavailable
 from dispatcher.gcs_artifacts import GcsArtifacts
-from infra.local.storage import Fault, StorageProxy
+from dispatcher.published import is_whole
+from infra.local.storage import Fault, Request, StorageProxy
 from infra.local.storage import storage_proxy as open_proxy
+from infra.local.uploads import Answer
 from tests.buckets import bucket_named, new_bucket
 from tests.ports.storing import CHUNK_BYTES, LARGE, QUICK, put
 from tests.waiting import until
@@ -48,6 +55,28 @@ def test_a_service_that_stays_away_is_unavailable(cloud: StorageProxy, bucket: s
         writer.commit()
     assert cloud.requests == []
     assert store.list(store.uri("x")) == []
+
+
+def test_a_service_that_takes_the_call_and_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an HTTP answer waits for it, within that answer's patience, repetitions and all."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        store = open_artifacts("gs://bucket", patience=0.4)
+        for ask in (store.list, store.read, store.exists):
+            start = time.monotonic()
+            with pytest.raises(Unavailable):
+                ask(store.uri("x/file"))
+            assert time.monotonic() - start < 2
+
+
+def test_a_service_that_fails_each_time_is_given_up_as_soon(cloud: StorageProxy, bucket: str) -> None:
+    """Also where the client itself would try again for two minutes."""
+    store = GcsArtifacts(bucket, patience=0.4)
+    cloud.fail(Fault.REFUSED, "GET", bucket, times=10_000)
+    start = time.monotonic()
+    with pytest.raises(Unavailable):
+        store.list(store.uri("x"))
+    assert time.monotonic() - start < 2
 
 
 def test_a_reader_notices_that_its_file_was_replaced_or_deleted(store: GcsArtifacts, bucket: str) -> None:
@@ -124,6 +153,41 @@ def test_an_object_name_that_is_no_file_name_is_refused(any_names: str, name: st
         GcsArtifacts(any_names).list(f"gs://{any_names}/x")
     assert error.value.error_code == "file_name_invalid"
     assert "\n" not in error.value.message
+
+
+def test_an_object_without_a_checksum_is_refused_where_one_is_asked_for(
+    cloud: StorageProxy, store: GcsArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one under a key of its owner's is listed; a fingerprint over nothing would never change."""
+    put(store, "x/file", b"1")
+    told = cloud.answer
+
+    def keyed(request: Request) -> Answer:
+        answer = told(request)
+        document = json.loads(answer.body)
+        for item in document.get("items", []):
+            del item["crc32c"]
+        return replace(answer, body=json.dumps(document).encode())
+
+    monkeypatch.setattr(cloud, "answer", keyed)
+    for ask in (store.list, store.fingerprint):
+        with pytest.raises(SourceError, match="x/file has no crc32c") as error:
+            ask(store.uri("x"))
+        assert error.value.error_code == "checksum_missing"
+    assert store.list(store.uri("x"), checksums=False) == [StoredFile("file", 1, "")]
+
+
+def test_damage_of_equal_size_is_noticed_without_reading(cloud: StorageProxy, store: GcsArtifacts) -> None:
+    """A listing tells the checksums as well."""
+    stored = put(store, "x/model", b"good")
+    manifest = {"files": [{"name": "model", "bytes": stored.size, "crc32c": stored.crc32c}]}
+    put(store, "x/export.json", json.dumps(manifest).encode())
+    uri = store.uri("x/export.json")
+    assert is_whole(store, uri)
+    bucket_named(uri.split("/")[2]).blob("x/model").upload_from_string(b"evil")
+    cloud.heal()
+    assert not is_whole(store, uri)
+    assert not any("model" in target for _, target, _ in cloud.requests)
 
 
 def test_other_buckets_are_read_and_only_ours_is_written(store: GcsArtifacts, cloud: StorageProxy) -> None:
