@@ -46,6 +46,16 @@ class ArtifactWriter(Protocol):
     def discard(self) -> None:
         """Remove what was written; harmless after `commit`."""
 
+    def withdraw(self) -> None:
+        """Remove what `commit` published.
+
+        Nothing is removed where `commit` found the same content there already, where it did not learn whether the
+        file is its own, or where another file has the name by now.
+
+        Raises:
+            Unavailable: It cannot be removed.
+        """
+
 
 class ArtifactReader(Protocol):
     """A published file, open: every byte comes from the very file that was there when it was opened."""
@@ -106,6 +116,7 @@ class ArtifactStore(Protocol):
 
         Raises:
             NotFound: No such file (`file_not_found`).
+            SourceError: It is stored compressed (`source_encoded`), so that its bytes are not the file's.
         """
 
     def exists(self, uri: str) -> bool:
@@ -115,6 +126,12 @@ class ArtifactStore(Protocol):
         """Remove everything under a path inside the store, unpublished files too; how many files that was.
 
         Cloud Storage shows no unpublished ones; it drops them by itself after a week.
+        """
+
+    def remove_unpublished(self, path: str) -> int:
+        """Remove only what writers that were killed left under a path inside the store; how many files that was.
+
+        A writer that is still at work loses its file too, and its `commit` then raises Unavailable.
         """
 
     def fingerprint(self, uri: str) -> str:

@@ -27,6 +27,8 @@ from dispatcher.google_errors import translating
 
 MAX_URL_LIFE = timedelta(hours=12)
 """What IAM signs with, it may have replaced after that."""
+MAX_NAME_BYTES = 255
+"""What a part of a path may have on the usual file systems."""
 PAGE = 1000
 REQUEST_SECONDS = 60.0
 """The client's own."""
@@ -126,6 +128,12 @@ class GcsArtifacts:
                 blob.reload(retry=self._retry, timeout=self._timeout)
             except api.NotFound as error:
                 raise _missing(uri) from error
+        if blob.content_encoding:
+            raise SourceError(
+                f"{uri} is stored with Content-Encoding {blob.content_encoding}: expected the file as it is; "
+                "upload it again uncompressed (gcloud storage cp without --gzip-local)",
+                code="source_encoded",
+            )
         return _GcsReader(self._blob(bucket, name), int(blob.size), int(blob.generation), self._retry, self._timeout)
 
     def exists(self, uri: str) -> bool:
@@ -139,6 +147,10 @@ class GcsArtifacts:
             exact = self._client.bucket(self._bucket).get_blob(name, retry=self._retry)
             under = self._listing(self._bucket, f"{name}/")
             return sum(self._deleted(blob) for blob in [*([exact] if exact else []), *under])
+
+    def remove_unpublished(self, path: str) -> int:
+        checked_path(path)
+        return 0  # an upload that was begun is no object; the service drops it after a week
 
     def fingerprint(self, uri: str) -> str:
         return fingerprint_of([(file.name, file.size, file.crc32c) for file in self.list(uri)])
@@ -254,9 +266,12 @@ def _place(uri: str) -> tuple[str, str]:
 
 def _refuse_unsafe(name: str, uri: str) -> None:
     """An object may have any name; but these become names of local files, in records and in manifests."""
-    if _CONTROL.search(name) or any(part in ("", ".", "..") for part in name.split("/")):
+    parts = name.split("/")
+    too_long = any(len(part.encode()) > MAX_NAME_BYTES for part in parts)
+    if too_long or _CONTROL.search(name) or any(part in ("", ".", "..") for part in parts):
         raise SourceError(
-            f"the object name {name!r} under {uri} cannot be a file's: rename or delete the object",
+            f"the object name {name!r} under {uri} cannot be a file's"
+            f"{f' (over {MAX_NAME_BYTES} bytes)' if too_long else ''}: rename or delete the object",
             code="file_name_invalid",
         )
 

@@ -42,6 +42,7 @@ class GcsWriter:
         self._upload: _ResumableUpload | None = None
         self._taken = False
         self._ended = False
+        self._created: int | None = None
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self._refuse_ended()
@@ -65,6 +66,7 @@ class GcsWriter:
         ours = self._blob.generation
         found = self._found()
         if found == (stored.size, stored.crc32c):
+            self._created = None if self._taken else int(self._blob.generation)
             return stored
         if ours is not None:
             raise self._withdrawn(ours)
@@ -76,6 +78,10 @@ class GcsWriter:
     def discard(self) -> None:
         self._ended = True
         self._cancel()
+
+    def withdraw(self) -> None:
+        if self._created is not None:
+            self._delete(self._created)
 
     def _send(self, view: memoryview) -> None:
         if self._upload is None:
@@ -139,10 +145,13 @@ class GcsWriter:
 
     def _withdrawn(self, generation: int | str) -> Unavailable:
         """Delete what we published, which is not what we sent."""
+        self._delete(int(generation))
+        return self._corrupted()
+
+    def _delete(self, generation: int) -> None:
         with translating(self._what), suppress(api.NotFound, api.PreconditionFailed):
             named = self._blob.bucket.blob(self._blob.name)
-            named.delete(if_generation_match=int(generation), retry=self._retry)
-        return self._corrupted()
+            named.delete(if_generation_match=generation, retry=self._retry)
 
     def _corrupted(self) -> Unavailable:
         return Unavailable(

@@ -4,13 +4,10 @@ import errno
 import fcntl
 import os
 import secrets
-import stat
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
-from typing import Self
 
 from dispatcher.artifacts import (
     SMALL_FILE_LIMIT,
@@ -24,7 +21,8 @@ from dispatcher.artifacts import (
 )
 from dispatcher.contract import fingerprint_of
 from dispatcher.crc32c import Crc32c
-from dispatcher.errors import ArtifactConflict, Misconfigured, NotFound, SourceError, StorageFull, Unavailable
+from dispatcher.errors import ArtifactConflict, Misconfigured, StorageFull, Unavailable
+from dispatcher.local_files import PARTIAL, LocalReader, is_partial, walk
 
 _BLOCK = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -54,14 +52,14 @@ class LocalArtifacts:
         top = path_of(uri)
         if not top.is_dir():
             return []
-        found = [StoredFile(name, size, self.checksum(path) if checksums else "") for name, path, size in _walk(top)]
+        found = [StoredFile(name, size, self.checksum(path) if checksums else "") for name, path, size in walk(top)]
         return sorted(found, key=lambda file: file.name)
 
     def read(self, uri: str, *, limit: int = SMALL_FILE_LIMIT) -> bytes:
         return read_whole(self, uri, limit)
 
     def open(self, uri: str) -> ArtifactReader:
-        return _LocalReader(path_of(uri))
+        return LocalReader(path_of(uri))
 
     def exists(self, uri: str) -> bool:
         return path_of(uri).is_file()
@@ -86,6 +84,17 @@ class LocalArtifacts:
             top.rmdir()
         except OSError as error:
             raise Unavailable(f"{top} cannot be removed: {error.strerror}") from error
+        return count
+
+    def remove_unpublished(self, path: str) -> int:
+        count = 0
+        for directory, _, files in os.walk(self._inside(path)):
+            for name in filter(is_partial, files):
+                try:
+                    (Path(directory) / name).unlink(missing_ok=True)
+                except OSError as error:
+                    raise Unavailable(f"{directory}/{name} cannot be removed: {error.strerror}") from error
+                count += 1
         return count
 
     def fingerprint(self, uri: str) -> str:
@@ -121,40 +130,6 @@ class LocalArtifacts:
         return self._root / PurePosixPath(checked_path(path))
 
 
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _walk(top: Path) -> Iterator[tuple[str, Path, int]]:
-    """Name, path and size of every regular file under `top`, unpublished ones left out."""
-    real_top = top.resolve()
-    for directory, folders, files in os.walk(top):
-        for name in [*folders, *files]:
-            path = Path(directory) / name
-            if not _is_utf8(name):
-                # Neither a record, a manifest nor an answer could hold that name.
-                raise SourceError(
-                    f"the file name {os.fsencode(path)!r} is not UTF-8: rename the file", code="file_name_invalid"
-                )
-            if path.is_symlink() and (name in folders or real_top not in path.resolve().parents):
-                raise SourceError(
-                    f"{path} is a symbolic link to {path.resolve()}: copy the files instead (cp -rL)",
-                    code="link_refused",
-                )
-        for name in files:
-            path = Path(directory) / name
-            if name.startswith(".") and name.endswith(".partial"):
-                continue
-            with suppress(FileNotFoundError):  # a partial of another process, gone meanwhile
-                facts = path.stat()
-                if stat.S_ISREG(facts.st_mode):
-                    yield path.relative_to(top).as_posix(), path, facts.st_size
-
-
 def _reserve(descriptor: int, size: int) -> None:
     """Take room for `size` bytes, where system (not macOS) and file system (not every network one) can."""
     if not hasattr(os, "posix_fallocate"):
@@ -167,45 +142,9 @@ def _reserve(descriptor: int, size: int) -> None:
             raise
 
 
-class _LocalReader:
-    """Reads through one descriptor, which keeps the very file that it was opened on."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            # Without O_NONBLOCK, opening a pipe would wait for its other end.
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise self._missing() from error
-        except OSError as error:
-            raise self._unreadable(error) from error
-        facts = os.fstat(self._descriptor)
-        self.size = facts.st_size
-        if not stat.S_ISREG(facts.st_mode):
-            os.close(self._descriptor)
-            raise self._missing()
-
-    def read(self, offset: int, length: int) -> bytes:
-        blocks = []
-        try:
-            while block := os.pread(self._descriptor, length, offset):
-                blocks.append(block)
-                offset, length = offset + len(block), length - len(block)
-        except OSError as error:
-            raise self._unreadable(error) from error
-        return b"".join(blocks)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
-
-    def _missing(self) -> NotFound:
-        return NotFound(f"there is no file {self._path}", code="file_not_found")
-
-    def _unreadable(self, error: OSError) -> Unavailable:
-        return Unavailable(f"{self._path} cannot be read: {error.strerror}")
+def _identity(facts: os.stat_result) -> tuple[int, int]:
+    """What tells a file from another that has its name; an inode's number alone is used again."""
+    return facts.st_ino, facts.st_mtime_ns
 
 
 class _LocalWriter:
@@ -214,10 +153,11 @@ class _LocalWriter:
     def __init__(self, store: LocalArtifacts, target: Path, reserve: int) -> None:
         self._store = store
         self._target = target
-        self._temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
+        self._temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}{PARTIAL}")
         self._crc = Crc32c()
         self._size = 0
         self._descriptor = -1
+        self._created: tuple[int, int] | None = None
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -245,6 +185,7 @@ class _LocalWriter:
             self._close()
             stored = StoredFile(self._target.name, self._size, self._crc.text)
             if self._published():
+                self._created = _identity(facts)
                 self._store.remember((str(self._target), facts.st_size, facts.st_mtime_ns), stored.crc32c)
                 return stored
             found = (self._target.stat().st_size, self._store.checksum(self._target))
@@ -263,6 +204,15 @@ class _LocalWriter:
         self._close()
         with suppress(OSError):
             self._temporary.unlink(missing_ok=True)
+
+    def withdraw(self) -> None:
+        try:
+            if self._created is not None and _identity(self._target.stat()) == self._created:
+                self._target.unlink()
+        except FileNotFoundError:
+            pass  # somebody was faster
+        except OSError as error:
+            raise Unavailable(f"{self._target} cannot be removed: {error.strerror}") from error
 
     def _published(self) -> bool:
         """Put the file in place unless the name is taken; whether it did."""

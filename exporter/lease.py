@@ -133,7 +133,7 @@ class Heartbeat:
             )
 
     def is_ours(self) -> bool:
-        """Whether nobody else can be at work on it: the lease is ours and live, or the export was cancelled.
+        """Whether nobody else can be at work on it: the lease is ours and live, or it was cancelled under us.
 
         Asked before anything published is removed, by an attempt that may have been asleep for an hour.
         """
@@ -142,8 +142,12 @@ class Heartbeat:
         except ExportError as error:
             log.warning("nothing is removed, the record cannot be read: %s", error)
             return False
-        if record is None or record.state is State.CANCELLED:
+        if record is None:
             return True
+        if record.state is State.CANCELLED:
+            # Else a claim came after ours, and its holder may not have noticed yet that it was cancelled too.
+            mine = self._claim.record
+            return (record.execution, record.attempt) == (mine.execution, mine.attempt)
         ours = record.lease is not None and record.lease.lease_id == self._claim.lease_id
         return ours and holds_live_lease(record, utc_now())
 

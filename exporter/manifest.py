@@ -7,11 +7,13 @@ not, and does not count when two manifests are compared.
 import hashlib
 import importlib.metadata
 import json
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import pydantic
 
 from dispatcher.artifacts import ArtifactStore, StoredFile, publish
-from dispatcher.errors import ArtifactConflict, VerificationFailed
+from dispatcher.errors import ArtifactConflict, SourceError, VerificationFailed
 from dispatcher.published import are_there
 
 MANIFEST_NAME = "export.json"
@@ -37,6 +39,31 @@ class Identity:
         """12 hex digits that name the artifact's directory."""
         facts = json.dumps([FORMAT_VERSION, *self.__dict__.values()], separators=(",", ":"))
         return hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+    def instead(self) -> Self:
+        """The identity of what is made in place of this version, when its directory is spoilt.
+
+        It follows from the spoilt version, so that every attempt comes to the same one, without a word between them.
+        """
+        return replace(self, nonce=self.version)
+
+
+class _File(pydantic.BaseModel):
+    name: str
+    bytes: int
+
+
+class _Engine(pydantic.BaseModel):
+    name: str
+
+
+class _Manifest(pydantic.BaseModel):
+    """What we read of a manifest."""
+
+    engine: _Engine
+    tensors: dict[str, Any]
+    verified: dict[str, Any]
+    files: list[_File]
 
 
 def library_versions() -> dict[str, str]:
@@ -95,20 +122,21 @@ def read_manifest(store: ArtifactStore, directory: str) -> dict[str, Any]:
     """The manifest of a version's directory, without its `run`.
 
     Raises:
-        VerificationFailed: `manifest_unreadable`.
+        VerificationFailed: It is none that we wrote (`manifest_unreadable`).
         NotFound: There is none.
     """
+    path = f"{directory}/{MANIFEST_NAME}"
     try:
-        manifest = json.loads(store.read(store.uri(f"{directory}/{MANIFEST_NAME}")))
-    except ValueError as error:
-        raise VerificationFailed(f"{directory}/{MANIFEST_NAME} is not JSON.", code="manifest_unreadable") from error
-    if not isinstance(manifest, dict):
-        raise VerificationFailed(f"{directory}/{MANIFEST_NAME} is not an object.", code="manifest_unreadable")
+        content = store.read(store.uri(path))
+        _Manifest.model_validate_json(content)
+    except (SourceError, pydantic.ValidationError) as error:
+        raise VerificationFailed(f"{path} is no manifest of ours.", code="manifest_unreadable") from error
+    manifest: dict[str, Any] = json.loads(content)
     manifest.pop("run", None)
     return manifest
 
 
 def still_holds(store: ArtifactStore, directory: str, manifest: dict[str, Any]) -> bool:
     """Whether every file that a manifest lists lies there; see `are_there`."""
-    files = [StoredFile(file["name"], file["bytes"], file.get("crc32c", "")) for file in manifest.get("files", [])]
+    files = [StoredFile(file["name"], file["bytes"], file.get("crc32c", "")) for file in manifest["files"]]
     return are_there(store, store.uri(directory), files)

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from dispatcher.artifacts import ArtifactStore, ArtifactWriter, StoredFile, publish
+from dispatcher.artifacts import ArtifactStore, ArtifactWriter, StoredFile
 from dispatcher.contract import Artifact, ExportRecord, ExportType, TrainingJob, fingerprint_of
-from dispatcher.errors import NotAvailable, SourceError, Unavailable, VerificationFailed
+from dispatcher.errors import ArtifactConflict, ExportError, NotAvailable, SourceError, VerificationFailed
 from exporter import engines, merge
 from exporter.adapter import Adapter, read_adapter, refuse_not_finite
+from exporter.attempt import Attempt
 from exporter.checkpoint import changed, open_checkpoint
 from exporter.gemma import family_of
 from exporter.lease import Hold, Report
@@ -29,7 +30,7 @@ from exporter.manifest import (
 from exporter.plan import OutputFile, Plan, plan_merge
 from exporter.sidefiles import publish_copy, write_side_files
 from exporter.sources import Base, TokenSource, adapter_here, is_current, open_base
-from exporter.verify import verify_merged, verify_reference
+from exporter.verify import vanished, verify_merged, verify_reference
 
 log = logging.getLogger(__name__)
 ROOT = "merged_models"
@@ -73,11 +74,11 @@ def export_merged(
         hold: Told of stage and fraction; what it raises stops the work.
 
     Raises:
-        ExportError: Bad input, a failed check, or a passing fault; nothing of this attempt stays behind.
+        ExportError: Bad input, a failed check, or a passing fault; what this attempt published is removed, unless
+            another attempt may be using it.
     """
     started = time.monotonic()
-    report = hold.report
-    report("planning", 0.0)
+    hold.report("planning", 0.0)
     if job.adapter_path is None:
         raise SourceError(f"training job {job.job_id} names no adapter.", code="adapter_missing")
     adapter_uri = job.adapter_path
@@ -95,39 +96,45 @@ def export_merged(
         engine_version=engine_version,
         nonce=record.force_nonce,
     )
-    directory = f"{ROOT}/{job.job_id}/{identity.version}"
-    _remove_abandoned(store, job.job_id)
-    if store.exists(store.uri(f"{directory}/{MANIFEST_NAME}")):
-        manifest = read_manifest(store, directory)
-        if not still_holds(store, directory, manifest):
-            raise VerificationFailed(
-                f"{store.uri(directory)} has a manifest, but not the files it lists. Export again with --force.",
-                code="artifact_damaged",
+
+    def made(wanted: Identity) -> Result:
+        """The first version of an identity that is not spoilt: found, or written now."""
+        identity, manifest = _settled(store, job.job_id, wanted)
+        directory = _directory(job.job_id, identity)
+        if manifest is not None:
+            log.info("found finished, only recording it: %s", directory)
+            return _result(store, directory, manifest, {}, identity)
+        if hold.is_ours():
+            store.remove_unpublished(directory)
+        attempt = Attempt(store, directory)
+        try:
+            with adapter_here(store, adapter_uri, adapter_files) as adapter_dir:
+                written = write(attempt, base, adapter_dir, hold.report)
+            manifest = manifest_of(
+                identity,
+                adapter_uri=adapter_uri,
+                files=written.files,
+                tensors=written.tensors,
+                verified=written.verified,
             )
-        log.info("found finished, only recording it: %s", directory)
-        return _result(store, directory, manifest, {}, identity)
+            hold.report("publishing", 0.99)
+            _refuse_changed(base, identity, store, adapter_uri)
+            if not still_holds(store, directory, manifest):
+                raise vanished(f"a file of {directory}")
+            run = {"wall_seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
+            publish_manifest(store, directory, manifest, run)
+        except BaseException:
+            _take_back(attempt, hold)
+            raise
+        return _result(store, directory, manifest, run, identity)
+
     try:
-        with adapter_here(store, adapter_uri, adapter_files) as adapter_dir:
-            written = write(store, directory, base, adapter_dir, report)
-        manifest = manifest_of(
-            identity,
-            adapter_uri=adapter_uri,
-            files=written.files,
-            tensors=written.tensors,
-            verified=written.verified,
-        )
-        report("publishing", 0.99)
-        _refuse_changed(base, identity, store, adapter_uri)
-        if not still_holds(store, directory, manifest):
-            raise Unavailable(f"files of {directory} vanished before it was published", code="artifact_vanished")
-        run = {"wall_seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
-        publish_manifest(store, directory, manifest, run)
-    except BaseException:
-        # Whoever took over may be writing the same files; then only our temporary ones were ours to remove.
-        if hold.is_ours() and not store.exists(store.uri(f"{directory}/{MANIFEST_NAME}")):
-            store.delete_prefix(directory)
-        raise
-    return _result(store, directory, manifest, run, identity)
+        return made(identity)
+    except ArtifactConflict as error:
+        # With what a killed attempt left, on a machine that rounds otherwise; or another attempt has published it.
+        log.warning("what is there is recorded, or else another version is made: %s", error.message)
+        found, manifest = _settled(store, job.job_id, identity)
+        return made(found if manifest is not None else found.instead())
 
 
 def _refuse_changed(base: Base, identity: Identity, store: ArtifactStore, adapter_uri: str) -> None:
@@ -138,7 +145,7 @@ def _refuse_changed(base: Base, identity: Identity, store: ArtifactStore, adapte
         raise changed("the adapter")
 
 
-_Engine = Callable[[ArtifactStore, str, Base, Path, Report], _Written]
+_Engine = Callable[[Attempt, Base, Path, Report], _Written]
 
 
 def _engine(name: str) -> tuple[_Engine, str, str]:
@@ -151,23 +158,21 @@ def _engine(name: str) -> tuple[_Engine, str, str]:
     )
 
 
-def _stream(store: ArtifactStore, directory: str, base: Base, adapter_dir: Path, report: Report) -> _Written:
+def _stream(attempt: Attempt, base: Base, adapter_dir: Path, report: Report) -> _Written:
     adapter = read_adapter(adapter_dir)
     plan = plan_merge(open_checkpoint(base.directory), adapter, family_of(base.config), base.config)
     refuse_not_finite(adapter.file)
-    files = _write_shards(store, directory, plan, adapter, report)
-    files += write_side_files(store, directory, base.directory, adapter_dir, plan)
+    files = _write_shards(attempt, plan, adapter, report)
+    files += write_side_files(attempt, base.directory, adapter_dir, plan)
     report("verifying", _WRITE_TO)
-    verified = verify_merged(store, directory, plan, adapter)
+    verified = verify_merged(attempt.store, attempt.directory, plan, adapter)
     tensors: dict[str, Any] = {"merged": plan.merged, "copied": plan.copied, "bytes": plan.nbytes}
     if plan.tower:
         tensors["mapped_to_tower"] = plan.tower
     return _Written(files, tensors, verified)
 
 
-def _write_shards(
-    store: ArtifactStore, directory: str, plan: Plan, adapter: Adapter, report: Report
-) -> list[StoredFile]:
+def _write_shards(attempt: Attempt, plan: Plan, adapter: Adapter, report: Report) -> list[StoredFile]:
     torch.set_num_threads(1)  # the workers are the threads
     done, stored = 0, []
 
@@ -181,33 +186,58 @@ def _write_shards(
         def fill(writer: ArtifactWriter, planned: OutputFile = planned) -> None:
             merge.write_merged(planned, adapter, writer, on_bytes)
 
-        stored.append(publish(store, f"{directory}/{planned.name}", fill, size=planned.size))
+        stored.append(attempt.publish(planned.name, fill, size=planned.size))
     return stored
 
 
-def _with_peft(store: ArtifactStore, directory: str, base: Base, adapter_dir: Path, report: Report) -> _Written:
+def _with_peft(attempt: Attempt, base: Base, adapter_dir: Path, report: Report) -> _Written:
     report("merging", _WRITE_FROM)
     with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
         output = Path(scratch)
         merged, copied = engines.merge_with_peft(base, adapter_dir, output)
         report("verifying", _WRITE_FROM)
         verified = verify_reference(output, open_checkpoint(base.directory), family_of(base.config))
-        files = write_side_files(store, directory, base.directory, adapter_dir, None)
+        files = write_side_files(attempt, base.directory, adapter_dir, None)
         taken = {file.name for file in files}
         for path in sorted(output.iterdir()):
             if path.is_file() and path.name not in taken:
                 report("publishing", _WRITE_TO)
-                files.append(publish_copy(store, f"{directory}/{path.name}", path))
+                files.append(publish_copy(attempt, path.name, path))
     return _Written(files, {"merged": merged, "copied": copied}, verified)
 
 
-def _remove_abandoned(store: ArtifactStore, job_id: str) -> None:
-    """Remove what dead attempts left: versions without a manifest. We hold the job's only merged lease."""
-    for version in store.children(f"{ROOT}/{job_id}"):
-        path = f"{ROOT}/{job_id}/{version}"
-        if not store.exists(store.uri(f"{path}/{MANIFEST_NAME}")):
-            log.info("removing an abandoned attempt: %s", path)
-            store.delete_prefix(path)
+def _directory(job_id: str, identity: Identity) -> str:
+    return f"{ROOT}/{job_id}/{identity.version}"
+
+
+def _settled(store: ArtifactStore, job_id: str, identity: Identity) -> tuple[Identity, dict[str, Any] | None]:
+    """The version to make or to record: its identity, and its manifest if it is published.
+
+    A version that was published and has lost files since is passed over: nothing published is overwritten, and
+    nobody else can mend it.
+    """
+    while True:
+        directory = _directory(job_id, identity)
+        if not store.exists(store.uri(f"{directory}/{MANIFEST_NAME}")):
+            return identity, None
+        try:
+            manifest = read_manifest(store, directory)
+        except VerificationFailed as error:
+            log.warning("another version is made instead: %s", error.message)
+        else:
+            if still_holds(store, directory, manifest):
+                return identity, manifest
+            log.warning("another version is made instead: %s has not the files that its manifest lists", directory)
+        identity = identity.instead()
+
+
+def _take_back(attempt: Attempt, hold: Hold) -> None:
+    """Remove what a failed attempt published; what failed it counts, and not that this fails too."""
+    try:
+        if not attempt.store.exists(attempt.store.uri(f"{attempt.directory}/{MANIFEST_NAME}")):
+            attempt.withdraw(hold)
+    except ExportError as error:
+        log.warning("files stay in %s: %s", attempt.directory, error.message)
 
 
 def _result(

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from dispatcher.artifacts import ArtifactStore, ArtifactWriter, StoredFile, publish
+from dispatcher.artifacts import ArtifactWriter, StoredFile
 from dispatcher.errors import SourceError
+from exporter.attempt import Attempt
 from exporter.checkpoint import INDEX_NAME
 from exporter.gemma import SIDE_FILES, TOKENIZER_FILES, TOKENIZER_GROUP
 from exporter.plan import Plan
@@ -38,14 +39,11 @@ def _templates(directory: Path) -> Iterator[str]:
         yield f"{TEMPLATE_FOLDER}/{path.name}"
 
 
-def write_side_files(
-    store: ArtifactStore, directory: str, base: Path, adapter: Path, plan: Plan | None
-) -> list[StoredFile]:
+def write_side_files(attempt: Attempt, base: Path, adapter: Path, plan: Plan | None) -> list[StoredFile]:
     """Write config, index and side files into an artifact's directory.
 
     Args:
-        store: Where to.
-        directory: The version's directory in it.
+        attempt: Where to.
         base: The base model's directory.
         adapter: The adapter's directory.
         plan: The streaming engine's plan, whose output needs the base's config and index; None when an engine
@@ -53,19 +51,18 @@ def write_side_files(
     """
     stored = []
     if plan is not None:
-        stored.append(publish_copy(store, f"{directory}/config.json", base / "config.json"))
+        stored.append(publish_copy(attempt, "config.json", base / "config.json"))
         if plan.index is not None:
             index = plan.index
-            stored.append(publish(store, f"{directory}/{INDEX_NAME}", lambda writer: writer.write(index)))
+            stored.append(attempt.publish(INDEX_NAME, lambda writer: writer.write(index)))
     for name, source in side_files(base, adapter).items():
         if source.stat().st_size > MAX_SIDE_FILE_BYTES:
             raise SourceError(f"{name} is larger than {MAX_SIDE_FILE_BYTES} bytes.", code="side_file_too_large")
-        file = publish_copy(store, f"{directory}/{name}", source)
-        stored.append(StoredFile(name, file.size, file.crc32c))
+        stored.append(publish_copy(attempt, name, source))
     return stored
 
 
-def publish_copy(store: ArtifactStore, path: str, source: Path) -> StoredFile:
+def publish_copy(attempt: Attempt, name: str, source: Path) -> StoredFile:
     """Publish a copy of a local file, of any size, through one buffer."""
     block = bytearray(BLOCK_BYTES)
 
@@ -74,4 +71,4 @@ def publish_copy(store: ArtifactStore, path: str, source: Path) -> StoredFile:
             while count := file.readinto(block):
                 writer.write(memoryview(block)[:count])
 
-    return publish(store, path, fill, size=source.stat().st_size)
+    return attempt.publish(name, fill, size=source.stat().st_size)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from dispatcher.artifacts import ArtifactReader, ArtifactStore
-from dispatcher.errors import NotFound, VerificationFailed
+from dispatcher.errors import NotFound, Unavailable, VerificationFailed
 from exporter.adapter import Adapter
 from exporter.checkpoint import Checkpoint, Tensor, TensorFile, open_checkpoint
 from exporter.gemma import Family, canonical_name
@@ -47,6 +47,7 @@ def verify_merged(store: ArtifactStore, directory: str, plan: Plan, adapter: Ada
 
     Raises:
         VerificationFailed: `nothing_changed`, `header_differs`, `merge_wrong` or `copy_differs`.
+        Unavailable: A file is not there any more (`artifact_vanished`).
     """
     if plan.merged == 0:
         raise VerificationFailed("the plan merges no tensor at all.", code="nothing_changed")
@@ -102,11 +103,16 @@ def _opened(store: ArtifactStore, directory: str, planned: OutputFile) -> Iterat
     try:
         reader = store.open(store.uri(f"{directory}/{planned.name}"))
     except NotFound as error:
-        raise VerificationFailed(f"{planned.name} is not there any more.", code="header_differs") from error
+        raise vanished(f"{directory}/{planned.name}") from error
     with reader as output:
         if output.size != planned.size or output.read(0, len(planned.header)) != planned.header:
             raise VerificationFailed(f"{planned.name} is not of the planned size and header.", code="header_differs")
         yield output
+
+
+def vanished(what: str) -> Unavailable:
+    """Somebody else removed what we had written: nothing is wrong with the merge, so it is made again."""
+    return Unavailable(f"{what} vanished before it was published: try again", code="artifact_vanished")
 
 
 def _written(planned: OutputFile) -> list[_Place]:

@@ -2,11 +2,10 @@
 
 import json
 import os
-import secrets
 import shutil
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
@@ -22,12 +21,12 @@ from dispatcher.lifecycle import Actor, noted, transition
 from dispatcher.local_artifacts import LocalArtifacts
 from dispatcher.records import update
 from dispatcher.sqlite_records import SqliteRecords
-from dispatcher.tokens import FileTokens
-from exporter.job import ExitCode, Order, Stores, run_job
+from exporter.job import ExitCode, Order, run_job
 from exporter.lease import utc_now
 from exporter.manifest import publish_manifest
 from tests.exporter.damage import Tensors, edit_adapter, edit_config
-from tests.exporter.exporting import NOW, merged_into, merged_record, training_document
+from tests.exporter.exporting import merged_into
+from tests.exporter.place import EXPORT, Interfering, Place, expired
 from tests.gemmas import (
     Layout,
     assert_same_tensors,
@@ -38,59 +37,6 @@ from tests.gemmas import (
     save_base,
 )
 from tests.waiting import until
-
-EXPORT = "job-1.merged"
-
-
-class Place:
-    """A laptop's stores with one completed training job in them."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.records = SqliteRecords(root / "records.db")
-        self.artifacts = LocalArtifacts(root / "artifacts")
-        self.tokens = FileTokens(root / "tokens")
-        self.stop = threading.Event()
-        self.stores = Stores(self.records, self.artifacts, self.tokens, lease_seconds=60, max_attempts=3)
-        model = save_base("gemma3_text", root / "base")
-        make_adapter("gemma3_text", model, root / "adapter")
-        document = training_document(root / "base", "")
-        document["artifacts"] = {"raw": {"adapter": str(root / "adapter")}, "kept": 1}
-        assert self.records.put_job("job-1", document)
-
-    def queue(self, **fields: object) -> ExportRecord:
-        record = merged_record(**fields)
-        assert self.records.create_export(record)
-        return record
-
-    def rewrite_job(self, **changes: object) -> None:
-        """As the training service may: change the job's document."""
-        with closing(sqlite3.connect(self.root / "records.db")) as connection, connection:
-            (text,) = connection.execute("SELECT document FROM training_jobs").fetchone()
-            connection.execute("UPDATE training_jobs SET document = ?", (json.dumps({**json.loads(text), **changes}),))
-
-    def run(self, **order: object) -> ExitCode:
-        wanted = Order(job_id="job-1", execution=f"test-{secrets.token_hex(3)}")
-        return run_job(replace(wanted, **order), self.stores, self.stop)  # type: ignore[arg-type]  # fields by name
-
-    def record_change(self, to: State, by: Actor) -> None:
-        update(self.records, EXPORT, lambda record: transition(record, to, by=by, now=utc_now()))
-
-    def record(self) -> ExportRecord:
-        record = self.records.get_export(EXPORT)
-        assert record is not None
-        return record
-
-    def files(self) -> list[str]:
-        root = self.root / "artifacts"
-        return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    place = Place(tmp_path)
-    yield place
-    place.records.close()
 
 
 def test_a_queued_export_is_made_and_recorded_with_its_proof(place: Place) -> None:
@@ -172,46 +118,15 @@ def test_a_manifest_without_a_record_is_only_recorded(place: Place) -> None:
     place.queue()
     place.run()
     before = {name: (place.root / "artifacts" / name).stat().st_mtime_ns for name in place.files()}
-    _requeue(place)
+    place.requeue()
     assert place.run() is ExitCode.DONE
     assert place.record().state is State.COMPLETED
     assert {name: (place.root / "artifacts" / name).stat().st_mtime_ns for name in place.files()} == before
 
 
-def test_a_published_artifact_that_lost_a_file_is_not_recorded_as_complete(place: Place) -> None:
-    place.queue()
-    place.run()
-    (path_of(place.record().artifacts[0].uri) / "model.safetensors").unlink()
-    _requeue(place)
-    assert place.run() is ExitCode.FAILED
-    error = place.record().error
-    assert error is not None
-    assert error.code == "artifact_damaged"
-
-
-def test_what_a_dead_attempt_left_is_removed(place: Place) -> None:
-    place.queue()
-    dead = place.root / "artifacts" / "merged_models" / "job-1" / "0123456789ab"
-    dead.mkdir(parents=True)
-    (dead / ".model.safetensors.aa.partial").write_bytes(b"half")
-    (dead / "config.json").write_text("{}")
-    assert place.run() is ExitCode.DONE
-    assert not dead.exists()
-
-
-def _leased(place: Place, owner: str, seconds: int) -> None:
-    now = utc_now()
-    lease = Lease(lease_id="theirs", owner=owner, expires_at=now + timedelta(seconds=seconds))
-    update(
-        place.records,
-        EXPORT,
-        lambda record: transition(record, State.RUNNING, by=Actor.EXPORTER, now=now, lease=lease, execution=owner),
-    )
-
-
 def test_someone_elses_live_lease_is_respected(place: Place) -> None:
     place.queue()
-    _leased(place, "other", 60)
+    place.leased("other", 60)
     before = place.record()
     assert place.run() is ExitCode.DONE
     assert place.record() == before
@@ -220,7 +135,7 @@ def test_someone_elses_live_lease_is_respected(place: Place) -> None:
 
 def test_an_expired_lease_is_taken_over(place: Place) -> None:
     place.queue()
-    _leased(place, "other", -1)
+    place.leased("other", -1)
     assert place.run() is ExitCode.DONE
     assert place.record().state is State.COMPLETED
     assert place.record().attempt == 2
@@ -228,7 +143,7 @@ def test_an_expired_lease_is_taken_over(place: Place) -> None:
 
 def test_the_same_executions_next_attempt_takes_over_at_once(place: Place) -> None:
     place.queue()
-    _leased(place, "mine", 60)
+    place.leased("mine", 60)
     assert place.run(execution="mine") is ExitCode.DONE
     assert place.record().state is State.COMPLETED
 
@@ -290,6 +205,7 @@ class _Failing(LocalArtifacts):
 
             commit = staticmethod(writer.commit)
             discard = staticmethod(writer.discard)
+            withdraw = staticmethod(writer.withdraw)
 
         return Writer()
 
@@ -328,23 +244,9 @@ def test_a_fault_of_ours_ends_in_the_record(place: Place) -> None:
     assert error.code == "internal"
 
 
-class _Interfering(LocalArtifacts):
-    """A store that does something else when the first file is begun."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self.directory = ""
-        self.interfere: Callable[[], object] = lambda: None
-
-    def create(self, path: str, *, size: int | None = None) -> ArtifactWriter:
-        self.directory = path.rpartition("/")[0]
-        self.interfere()
-        return super().create(path, size=size)
-
-
 def test_sigterm_gives_the_export_back_to_the_queue(place: Place) -> None:
     place.queue()
-    store = _Interfering(place.root / "artifacts")
+    store = Interfering(place.root / "artifacts")
     store.interfere = place.stop.set
     place.stores = replace(place.stores, artifacts=store)
     assert place.run() is ExitCode.TRY_AGAIN
@@ -355,7 +257,7 @@ def test_sigterm_gives_the_export_back_to_the_queue(place: Place) -> None:
 def test_a_cancelled_export_leaves_nothing(place: Place) -> None:
     """The cancellation comes while the weights are written, and is seen at the next heartbeat."""
     place.queue()
-    store = _Interfering(place.root / "artifacts")
+    store = Interfering(place.root / "artifacts")
 
     def cancel() -> None:
         if place.record().state is State.RUNNING:
@@ -372,12 +274,12 @@ def test_a_cancelled_export_leaves_nothing(place: Place) -> None:
 def test_an_attempt_that_slept_past_its_lease_takes_nothing_from_its_successor(place: Place) -> None:
     """It wakes with its temporary file gone, after another made and published the very same version."""
     place.queue()
-    store = _Interfering(place.root / "artifacts")
+    store = Interfering(place.root / "artifacts")
     successor = replace(place.stores)
 
     def sleep() -> None:
         store.interfere = lambda: None
-        update(place.records, EXPORT, _expired)
+        update(place.records, EXPORT, expired)
         order = Order(job_id="job-1", execution="successor")
         assert run_job(order, successor, threading.Event()) is ExitCode.DONE
         raise Unavailable("the disk stalled")
@@ -392,20 +294,14 @@ def test_an_attempt_that_slept_past_its_lease_takes_nothing_from_its_successor(p
     assert all((merged / file["name"]).stat().st_size == file["bytes"] for file in manifest["files"])
 
 
-def _expired(record: ExportRecord) -> ExportRecord:
-    assert record.lease is not None
-    lease = record.lease.model_copy(update={"expires_at": NOW})
-    return record.model_copy(update={"lease": lease, "revision": record.revision + 1})
-
-
 def test_a_half_written_version_of_a_live_successor_is_left_alone(place: Place) -> None:
     """As before, but the successor is still at work: it holds the lease, and there is no manifest yet."""
     place.queue()
-    store = _Interfering(place.root / "artifacts")
+    store = Interfering(place.root / "artifacts")
 
     def sleep() -> None:
-        update(place.records, EXPORT, _expired)
-        _leased(place, "successor", 60)
+        update(place.records, EXPORT, expired)
+        place.leased("successor", 60)
         version = place.root / "artifacts" / store.directory
         version.mkdir(parents=True, exist_ok=True)
         (version / "model.safetensors").write_bytes(b"theirs")
@@ -422,7 +318,7 @@ def test_a_half_written_version_of_a_live_successor_is_left_alone(place: Place) 
 def test_a_source_replaced_while_it_is_read_is_noticed(name: str, place: Place) -> None:
     """Else the manifest would name another base or adapter than the one that was merged."""
     place.queue()
-    store = _Interfering(place.root / "artifacts")
+    store = Interfering(place.root / "artifacts")
     path = place.root / name
 
     def swap() -> None:
@@ -457,7 +353,7 @@ def test_work_without_a_heartbeat_stops_and_is_tried_again(error: Exception, pla
     place.queue()
     records = _Faltering(place.root / "records.db")
     records.error = error
-    store = _Interfering(place.root / "artifacts")
+    store = Interfering(place.root / "artifacts")
     store.interfere = lambda: until(lambda: _is_stopped(place), "the heartbeat to fail")
     place.stores = replace(place.stores, records=records, artifacts=store, lease_seconds=1)
     assert place.run() is ExitCode.TRY_AGAIN
@@ -473,7 +369,7 @@ def _is_stopped(place: Place) -> bool:
 
 def test_the_record_says_how_far_the_work_is_without_a_write_per_block(place: Place) -> None:
     place.queue()
-    store = _Interfering(place.root / "artifacts")
+    store = Interfering(place.root / "artifacts")
     seen: list[ExportRecord] = []
 
     def look() -> None:
@@ -507,7 +403,7 @@ def test_forcing_also_reaches_an_export_that_is_queued_already(place: Place) -> 
     place.queue()
     place.run()
     first = place.record().artifacts[0].version
-    _requeue(place)
+    place.requeue()
     assert place.run(force_nonce="n1") is ExitCode.DONE
     assert place.record().artifacts[0].version != first
 
@@ -552,7 +448,7 @@ def test_the_token_is_dropped_when_the_export_is_finished(place: Place) -> None:
 def test_a_token_that_came_while_the_work_went_on_is_dropped_too(place: Place) -> None:
     """The claim knew nothing of it."""
     place.queue()
-    store = _Interfering(place.root / "artifacts")
+    store = Interfering(place.root / "artifacts")
     refs: list[str] = []
 
     def ask_again() -> None:
@@ -586,17 +482,13 @@ def test_an_expired_token_says_how_to_go_on(place: Place) -> None:
     place.queue(token_ref=ref)
     assert place.run() is ExitCode.DONE
     place.rewrite_job(base_model_id="google/somewhere-else")
-    _requeue(place)
+    place.requeue()
     update(place.records, EXPORT, lambda record: noted(record, utc_now(), token_ref=ref))
     assert place.run() is ExitCode.FAILED
     error = place.record().error
     assert error is not None
     assert error.code == "token_expired"
     assert "hf_token" in error.message
-
-
-def _requeue(place: Place) -> None:
-    update(place.records, EXPORT, lambda record: transition(record, State.QUEUED, by=Actor.OPERATOR, now=utc_now()))
 
 
 def test_an_unknown_job_or_export_is_named(place: Place) -> None:
@@ -620,7 +512,7 @@ def test_a_base_changed_in_place_makes_another_version(place: Place) -> None:
     place.run()
     first = place.record().artifacts[0].version
     os.utime(place.root / "base" / "model.safetensors", ns=(1, 1))
-    _requeue(place)
+    place.requeue()
     place.run()
     assert place.record().artifacts[0].version != first
 

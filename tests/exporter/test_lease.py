@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from dispatcher.contract import ExportRecord, State
+from dispatcher.lifecycle import Actor, transition
 from dispatcher.logs import bound, configure
+from dispatcher.records import update
 from dispatcher.sqlite_records import SqliteRecords
 from exporter import lease
 from exporter.lease import Claim, Heartbeat, claim
@@ -83,6 +85,24 @@ def test_the_heartbeat_logs_with_the_ids_of_its_export(records: SqliteRecords, m
     finally:
         logging.root.handlers[:], logging.root.level = before
     assert json.loads(lines.getvalue())["export_id"] == "job.merged"
+
+
+def test_a_cancelled_export_is_ours_only_until_another_claims_it(records: SqliteRecords) -> None:
+    """Also when that one is cancelled in turn: its holder may not have noticed yet."""
+
+    def move(to: State, by: Actor) -> None:
+        update(records, "job.merged", lambda found: transition(found, to, by=by, now=lease.utc_now()))
+
+    heartbeat = Heartbeat(records, claimed(records), seconds=120, stop=threading.Event())
+    assert heartbeat.is_ours()
+    move(State.CANCELLED, Actor.CALLER)
+    assert heartbeat.is_ours()
+    move(State.QUEUED, Actor.CALLER)
+    assert not heartbeat.is_ours()
+    claim(records, "job.merged", execution="other", handed=None, seconds=120)
+    assert not heartbeat.is_ours()
+    move(State.CANCELLED, Actor.CALLER)
+    assert not heartbeat.is_ours()
 
 
 def test_a_log_of_another_execution_is_not_shown_as_this_ones(records: SqliteRecords) -> None:

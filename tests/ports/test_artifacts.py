@@ -125,10 +125,41 @@ def test_deleting_a_prefix_takes_everything_under_it_and_nothing_beside(artifact
     assert artifacts.exists(artifacts.uri("ab/three"))
 
 
+def test_a_writer_withdraws_what_it_published_and_nothing_else(artifacts: ArtifactStore) -> None:
+    """Neither what was there before it, nor what took its place."""
+    writers = [artifacts.create("x/file") for _ in range(2)]
+    for writer in writers:
+        writer.withdraw()
+        writer.write(b"1")
+        writer.commit()
+    published, found = writers
+    found.withdraw()
+    assert artifacts.exists(artifacts.uri("x/file"))
+    published.withdraw()
+    published.withdraw()
+    assert not artifacts.exists(artifacts.uri("x/file"))
+    put(artifacts, "x/file", b"1")
+    published.withdraw()
+    assert artifacts.exists(artifacts.uri("x/file"))
+
+
+def test_removing_what_is_unpublished_leaves_what_is_published(artifacts: ArtifactStore) -> None:
+    """However deep it lies."""
+    files = [put(artifacts, f"x/{name}", b"1").name for name in ("one", "deep/two")]
+    writers = [artifacts.create("x/three"), artifacts.create("x/deep/four")]
+    artifacts.remove_unpublished("x")
+    artifacts.remove_unpublished("nothing")
+    assert len(artifacts.list(artifacts.uri("x"))) == len(files)
+    assert artifacts.children("x") == ["deep", "one"]
+    assert artifacts.children("x/deep") == ["two"]
+    for writer in writers:
+        writer.discard()
+
+
 @pytest.mark.parametrize("path", ["", "/", "..", "a/../b", "/etc", "a//b", "a/./b", "a\0b", "a/"])
 def test_no_path_leads_out_of_the_store(artifacts: ArtifactStore, path: str) -> None:
     """Neither for writing nor for deleting."""
-    for use in (artifacts.create, artifacts.delete_prefix, artifacts.uri):
+    for use in (artifacts.create, artifacts.delete_prefix, artifacts.remove_unpublished, artifacts.uri):
         with pytest.raises(Misconfigured):
             use(path)
 

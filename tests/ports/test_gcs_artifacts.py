@@ -1,5 +1,6 @@
 """What only a bucket shows: preconditions, pages, names that no file has, other buckets, and a service that is away."""
 
+import gzip
 import json
 import socket
 import threading
@@ -145,7 +146,7 @@ def test_placeholders_of_folders_are_no_files(any_names: str) -> None:
     assert store.delete_prefix("x") == 3
 
 
-@pytest.mark.parametrize("name", ["..", "a/../b", "a//b", "/a", "./a", "a\nb", "a\x7fb", "a\u2028b"])
+@pytest.mark.parametrize("name", ["..", "a/../b", "a//b", "/a", "./a", "a\nb", "a\x7fb", "a\u2028b", "ü" * 128])
 def test_an_object_name_that_is_no_file_name_is_refused(any_names: str, name: str) -> None:
     """It would lead out of the directory that it is copied to, or forge a line of a log."""
     bucket_named(any_names).blob(f"x/{name}").upload_from_string(b"")
@@ -153,6 +154,18 @@ def test_an_object_name_that_is_no_file_name_is_refused(any_names: str, name: st
         GcsArtifacts(any_names).list(f"gs://{any_names}/x")
     assert error.value.error_code == "file_name_invalid"
     assert "\n" not in error.value.message
+
+
+def test_a_compressed_object_is_refused_in_words(store: GcsArtifacts) -> None:
+    """Its bytes are those of a gzip file, whatever its name says."""
+    theirs = new_bucket()
+    blob = bucket_named(theirs).blob("a/adapter_config.json")
+    blob.content_encoding = "gzip"
+    blob.upload_from_string(gzip.compress(b"{}"))
+    with pytest.raises(SourceError) as error:
+        store.read(f"gs://{theirs}/a/adapter_config.json")
+    assert error.value.error_code == "source_encoded"
+    assert "gzip" in error.value.message
 
 
 def test_an_object_without_a_checksum_is_refused_where_one_is_asked_for(
