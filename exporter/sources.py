@@ -11,23 +11,23 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from dispatcher.artifacts import ArtifactStore, StoredFile, file_uri, path_of
 from dispatcher.crc32c import Crc32c
 from dispatcher.errors import NotFound, SourceError, StorageFull, Unavailable
-from exporter.adapter import CONFIG_NAME, refuse_without_weights
+from exporter.adapter import CONFIG_NAME, WEIGHTS_NAME, refuse_without_weights
 from exporter.checkpoint import changed
 from exporter.documents import read_json_object
+from exporter.gemma import SIDE_FILES
 
 log = logging.getLogger(__name__)
 MAX_CONFIG_BYTES = 10_000_000
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja")
 """What an export can use; never a pickle."""
-ADAPTER_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
-"""What an export can use of an adapter's own folder; checkpoints below it, optimizer states and pickles stay away."""
+ADAPTER_FILES = frozenset({CONFIG_NAME, WEIGHTS_NAME, *SIDE_FILES})
+"""What an export uses of an adapter's own folder."""
 TEMPLATE_FOLDER = "additional_chat_templates"
 BLOCK_BYTES = 8 << 20
 
@@ -97,7 +97,7 @@ def adapter_here(store: ArtifactStore, uri: str, files: list[StoredFile]) -> Ite
         files: What is listed there, with checksums; a copy holds these very bytes.
 
     Raises:
-        SourceError: `adapter_missing`, and those of `refuse_without_weights`.
+        SourceError: `adapter_missing`, `source_encoded`, and those of `refuse_without_weights`.
         Unavailable: A file is not what was listed any more (`source_changed`), or cannot be read.
         StorageFull: No room for the copy.
     """
@@ -119,11 +119,7 @@ def adapter_here(store: ArtifactStore, uri: str, files: list[StoredFile]) -> Ite
 
 def _is_usable(name: str) -> bool:
     folder, _, last = name.rpartition("/")
-    return fnmatchcase(last, "*.jinja") if folder == TEMPLATE_FOLDER else not folder and _matches(last)
-
-
-def _matches(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in ADAPTER_PATTERNS)
+    return last.endswith(".jinja") if folder == TEMPLATE_FOLDER else name in ADAPTER_FILES
 
 
 def _fetch(store: ArtifactStore, uri: str, listed: StoredFile, target: Path) -> None:
