@@ -88,15 +88,13 @@ class DownloadLinks:
             return known
         found = self._found(record, now + self._life)
         whole = found is not None and all(file.url for file in found.files)
+        keep = self._life / 2 if whole else min(RETRY_AFTER, self._life / 2)
         with self._lock:
             # The longest known goes first.
             while len(self._kept) >= MAX_KEPT:
                 del self._kept[next(iter(self._kept))]
             self._kept.pop(record.artifacts, None)
-            self._kept[record.artifacts] = (
-                now + (self._life / 2 if whole else min(RETRY_AFTER, self._life / 2)),
-                found,
-            )
+            self._kept[record.artifacts] = (now + keep, found)
         return found
 
     def _found(self, record: ExportRecord, expire_at: datetime) -> Downloads | None:
