@@ -61,6 +61,7 @@ def test_an_attempt_held_up_while_it_planned_takes_nothing_from_its_successor(pl
     elsewhere = made_elsewhere(place)
     place.queue()
     store = _Planning(place.root / "artifacts")
+    theirs: dict[str, tuple[bytes, int]] = {}
 
     def succeeded() -> None:
         place.record_change(State.CANCELLED, Actor.CALLER)
@@ -68,13 +69,14 @@ def test_an_attempt_held_up_while_it_planned_takes_nothing_from_its_successor(pl
         place.leased("successor", 60)
         for name in [WEIGHTS, "config.json", *(["export.json"] if published else [])]:
             leave(place, elsewhere.name, name, (elsewhere / name).read_bytes())
+        theirs.update(contents(root_of(place)))
 
     store.interfere = succeeded
     place.stores = replace(place.stores, artifacts=store)
     assert place.run() is ExitCode.DONE
     assert place.record().state is State.RUNNING
-    left = {WEIGHTS, "config.json"} | ({"export.json"} if published else set())
-    assert left <= {path.name for path in (root_of(place) / elsewhere.name).iterdir()}
+    assert theirs
+    assert theirs.items() <= contents(root_of(place)).items()
 
 
 def test_taking_back_stops_when_another_begins(place: Place) -> None:
