@@ -1,7 +1,8 @@
 """A PEFT adapter on disk becomes a list of operations on named modules; whatever is not understood is refused.
 
 Formats: `adapter_config.json` is a serialised `peft.LoraConfig`, `adapter_model.safetensors` holds
-`base_model.model.{module}.lora_A.weight` [rank, in] and `….lora_B.weight` [out, rank].
+`base_model.model.{module}.lora_A.weight` [rank, in], `….lora_B.weight` [out, rank] and, with DoRA,
+`….lora_magnitude_vector` [out].
 Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
@@ -30,7 +31,7 @@ _IRRELEVANT = frozenset({
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
     *("exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_core"),
-    *("runtime_config", "qalora_group_size"),
+    *("runtime_config", "qalora_group_size", "use_dora"),
 })  # fmt: skip
 """Settings of a LoraConfig that plain merging reads, or that only training needs: the file's own tensors say which
 modules were trained. Any other setting that differs from `_DEFAULTS` or is truthy is refused by name."""
@@ -43,7 +44,7 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class LoraPair:
-    """One trained module: `s * (B @ A)` is added to its weight."""
+    """One trained module: `s * (B @ A)` is added to its weight, and with DoRA each row then gets its magnitude."""
 
     module: str
     """The module's name as the adapter's file has it, without PEFT's prefix."""
@@ -53,6 +54,8 @@ class LoraPair:
     """[out, rank]"""
     rank: int
     scale: float
+    magnitude: Tensor | None
+    """[out]: DoRA's, which gives each row of the merged weight its length"""
 
 
 @dataclass(frozen=True)
@@ -134,21 +137,22 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
 
 
 def _pairs(file: TensorFile, config: dict[str, Any]) -> tuple[LoraPair, ...]:
-    halves: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     for tensor in file.tensors:
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", tensor.name)
+        match = re.fullmatch(
+            r"base_model\.model\.(.+)\.lora_(?:([AB])\.weight|(magnitude)_vector(?:\.weight)?)", tensor.name
+        )
         if match is None:
             raise _unknown_tensor(tensor.name)
-        halves.setdefault(match[1], {})[match[2]] = tensor
-    if not halves:
+        parts.setdefault(match[1], {})[match[2] or match[3]] = tensor
+    if not parts:
         raise AdapterMismatch(f"{file.name} holds no tensors: nothing was trained.", code="adapter_empty")
-    return tuple(_pair(module, half, config) for module, half in sorted(halves.items()))
+    return tuple(_pair(module, found, config) for module, found in sorted(parts.items()))
 
 
 def _unknown_tensor(name: str) -> Unsupported | AdapterMismatch:
     for mark, code in (
         ("lora_embedding_", "unsupported_embedding_lora"),
-        ("lora_magnitude_vector", "unsupported_use_dora"),
         ("modules_to_save", "unsupported_modules_to_save"),
         ("trainable_tokens", "unsupported_trainable_token_indices"),
         (".lora_B.bias", "unsupported_lora_bias"),
@@ -161,25 +165,36 @@ def _unknown_tensor(name: str) -> Unsupported | AdapterMismatch:
     )
 
 
-def _pair(module: str, half: dict[str, Tensor], config: dict[str, Any]) -> LoraPair:
-    if half.keys() != {"A", "B"}:
-        missing = ({"A", "B"} - half.keys()).pop()
+def _pair(module: str, parts: dict[str, Tensor], config: dict[str, Any]) -> LoraPair:
+    wanted = {"A", "B", "magnitude"} if config.get("use_dora") else {"A", "B"}
+    if missing := sorted(wanted - parts.keys()):
         raise AdapterMismatch(
-            f"module {module[:200]!r} lacks lora_{missing}: the file is incomplete.",
+            f"module {module[:200]!r} lacks lora_{missing[0]}: the file is incomplete.",
             code="adapter_half_missing",
         )
-    a, b = half["A"], half["B"]
-    for tensor in (a, b):
+    if parts.keys() - wanted:
+        raise AdapterMismatch(
+            f"module {module[:200]!r} has a magnitude, but the config says nothing of DoRA (use_dora).",
+            code="adapter_unknown_tensor",
+        )
+    a, b, magnitude = parts["A"], parts["B"], parts.get("magnitude")
+    for tensor in parts.values():
         if tensor.dtype not in FLOATING:
             raise Unsupported(
                 f"{tensor.name!r} has dtype {tensor.dtype}; F32, F16 or BF16 are expected.",
                 code="unsupported_adapter_dtype",
             )
+    for tensor in (a, b):
         if len(tensor.shape) != 2:
             raise Unsupported(
                 f"{tensor.name!r} has shape {list(tensor.shape)}: LoRA on convolutions is not merged.",
                 code="unsupported_conv_lora",
             )
+    if magnitude is not None and magnitude.shape != (b.shape[0],):
+        raise AdapterMismatch(
+            f"{magnitude.name!r} has shape {list(magnitude.shape)}, expected [{b.shape[0]}], one for each row of B.",
+            code="adapter_shape_mismatch",
+        )
     rank = _setting(config, "rank_pattern", "r", module)
     if not isinstance(rank, int) or rank <= 0 or a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterMismatch(
@@ -190,7 +205,7 @@ def _pair(module: str, half: dict[str, Tensor], config: dict[str, Any]) -> LoraP
     alpha = _setting(config, "alpha_pattern", "lora_alpha", module)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise _invalid_config(f"lora_alpha of {module[:200]!r} is {str(alpha)[:40]!r}, a number was expected")
-    return LoraPair(module, a, b, rank, scaling(alpha, rank, use_rslora=bool(config.get("use_rslora"))))
+    return LoraPair(module, a, b, rank, scaling(alpha, rank, use_rslora=bool(config.get("use_rslora"))), magnitude)
 
 
 def _setting(config: dict[str, Any], pattern_name: str, default_name: str, module: str) -> Any:

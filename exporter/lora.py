@@ -1,8 +1,9 @@
 """The algebra of LoRA alone: pure functions on tensors, no disk.
 
-`W' = round(W + s * (B @ A))`, computed in float32 and rounded once to W's dtype, which is also what PEFT computes for
-float32 adapter weights.
-Source: LoRA, https://arxiv.org/abs/2106.09685; rsLoRA's scale, https://arxiv.org/abs/2312.03732.
+`W' = round(V)` with `V = W + s * (B @ A)`, computed in float32 and rounded once to W's dtype, which is also what PEFT
+computes for float32 adapter weights. With DoRA's magnitudes m, `W' = round(m / ‖V‖ * V)`, the norm taken of each row.
+Source: LoRA, https://arxiv.org/abs/2106.09685; rsLoRA's scale, https://arxiv.org/abs/2312.03732; DoRA,
+https://arxiv.org/abs/2402.09353, section 4.
 """
 
 import itertools
@@ -26,7 +27,9 @@ def scaling(alpha: float, rank: int, *, use_rslora: bool) -> float:
     return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
-def fold(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+def fold(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.Tensor | None = None
+) -> torch.Tensor:
     """The merged weight, as one dense expression; `fold_rows_` is the same in bounded memory.
 
     Args:
@@ -34,11 +37,15 @@ def fold(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -
         a: [rank, in].
         b: [out, rank].
         scale: The factor s.
+        magnitude: [out], DoRA's m; None for plain LoRA.
 
     Returns:
         [out, in] in the dtype of `weight`.
     """
-    return (weight.float() + (b.float() @ a.float()) * scale).to(weight.dtype)
+    total = weight.float() + (b.float() @ a.float()) * scale
+    if magnitude is not None:
+        total = total * (magnitude.float() / torch.linalg.vector_norm(total, dim=1))[:, None]
+    return total.to(weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -53,17 +60,20 @@ class Factors:
     """What is left of s to multiply with"""
     largest: float
     """No element of s * (B @ A) is larger in magnitude than this."""
+    magnitude: torch.Tensor | None
+    """[out], float32: DoRA's m"""
 
 
-def factors(a: torch.Tensor, b: torch.Tensor, scale: float) -> Factors:
-    """Prepare A [rank, in] and B [out, rank], of any floating dtype, for `fold_rows_`."""
+def factors(a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.Tensor | None = None) -> Factors:
+    """Prepare A [rank, in], B [out, rank] and DoRA's m [out], of any floating dtype, for `fold_rows_`."""
     a, b = a.float(), b.float()
+    magnitude = None if magnitude is None else magnitude.float()
     top_a, top_b = (float(half.abs().max()) if half.numel() else 0.0 for half in (a, b))
     largest = abs(scale) * a.shape[0] * top_a * top_b
     # Times a power of two is exact as long as no element becomes subnormal, so it may come first.
     if abs(math.frexp(scale)[0]) == 0.5 and 2.0**-40 < abs(scale) < 2.0**40 and not _near_subnormal(b):
-        return Factors(a, b * scale, 1.0, largest)
-    return Factors(a, b, scale, largest)
+        return Factors(a, b * scale, 1.0, largest, magnitude)
+    return Factors(a, b, scale, largest, magnitude)
 
 
 def _near_subnormal(values: torch.Tensor) -> bool:
@@ -100,11 +110,14 @@ def fold_rows_(rows: torch.Tensor, first: int, pair: Factors, scratch: torch.Ten
     else:
         torch.mm(b, pair.a, out=total)
         total.mul_(pair.scale).add_(rows)
+    if pair.magnitude is not None:
+        norms = torch.linalg.vector_norm(total, dim=1)
+        total.mul_((pair.magnitude[first : first + rows.shape[0]] / norms)[:, None])
     rows.copy_(total)
     if _may_overflow(rows.dtype, pair) and not torch.isfinite(rows).all():
         raise VerificationFailed(
             f"merged values are not finite in {str(rows.dtype).removeprefix('torch.')}: "
-            "the adapter's weights or its scale are far too large for this base",
+            "the adapter's weights, magnitudes or scale do not fit this base",
             code="merge_overflow",
         )
 
@@ -114,5 +127,6 @@ def _fuses(rows: torch.Tensor, rank: int) -> bool:
 
 
 def _may_overflow(dtype: torch.dtype, pair: Factors) -> bool:
-    # No base comes near the end of bfloat16's or float32's range; float16's is close enough to look at every value.
-    return dtype is torch.float16 or not pair.largest < torch.finfo(dtype).max / 4
+    # No base comes near the end of bfloat16's or float32's range; float16's is close enough to look at every value,
+    # and a magnitude may be of any size, or be of a row that has none.
+    return dtype is torch.float16 or pair.magnitude is not None or not pair.largest < torch.finfo(dtype).max / 4

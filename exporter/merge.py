@@ -17,7 +17,7 @@ import torch
 
 from exporter.adapter import Adapter, LoraPair
 from exporter.checkpoint import Tensor
-from exporter.lora import factors, fold_rows_, row_blocks
+from exporter.lora import Factors, factors, fold_rows_, row_blocks
 from exporter.plan import OutputFile
 from exporter.tensors import TORCH_DTYPE, read_into, read_tensor
 
@@ -163,7 +163,7 @@ def _folded(step: _Merge, adapter: Adapter) -> Iterator[_Block]:
     rows, width = step.tensor.shape
     dtype = TORCH_DTYPE[step.tensor.dtype]
     row_bytes = width * dtype.itemsize
-    pair = factors(read_tensor(adapter.file, step.pair.a), read_tensor(adapter.file, step.pair.b), step.pair.scale)
+    pair = _factors(step.pair, adapter)
     for first, count in row_blocks(rows, width, FOLD_ELEMENTS):
 
         def fold(buffer: bytearray, scratch: torch.Tensor, first: int = first, count: int = count) -> None:
@@ -171,3 +171,8 @@ def _folded(step: _Merge, adapter: Adapter) -> Iterator[_Block]:
             fold_rows_(weight, first, pair, scratch)
 
         yield _Block(step.tensor.start + first * row_bytes, count * row_bytes, fold)
+
+
+def _factors(pair: LoraPair, adapter: Adapter) -> Factors:
+    magnitude = None if pair.magnitude is None else read_tensor(adapter.file, pair.magnitude)
+    return factors(read_tensor(adapter.file, pair.a), read_tensor(adapter.file, pair.b), pair.scale, magnitude)

@@ -145,8 +145,8 @@ def _refuse_copy_that_differs(output: ArtifactReader, place: _Place) -> None:
 def _merge_error(output: ArtifactReader, place: _Place, adapter: Adapter) -> float:
     """The worst error, in ulps, of some rows of a merged tensor against float64.
 
-    The bound is half an ulp for the one rounding, plus the float32 error of a dot product of length rank
-    (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5).
+    The bound is half an ulp for the one rounding, plus the float32 error of a dot product of length rank and, with
+    DoRA, of the row's norm (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5).
     """
     tensor, pair = place.tensor, place.file.merges[place.tensor.name]
     dtype = TORCH_DTYPE[tensor.dtype]
@@ -154,6 +154,7 @@ def _merge_error(output: ArtifactReader, place: _Place, adapter: Adapter) -> flo
     row_bytes = width * dtype.itemsize
     a = read_tensor(adapter.file, pair.a).double()
     b = read_tensor(adapter.file, pair.b)
+    magnitude = None if pair.magnitude is None else read_tensor(adapter.file, pair.magnitude)
     worst = 0.0
     for row in sorted({rows * i // SAMPLED_ROWS for i in range(SAMPLED_ROWS)}):
         source = _source_bytes(place.file.source, tensor.start + row * row_bytes, row_bytes)
@@ -161,10 +162,16 @@ def _merge_error(output: ArtifactReader, place: _Place, adapter: Adapter) -> flo
         weight = torch.frombuffer(bytearray(source), dtype=dtype).double()
         found = torch.frombuffer(bytearray(merged), dtype=dtype)
         exact = weight + pair.scale * (b[row].double() @ a)
-        size = weight.abs() + abs(pair.scale) * (b[row].double().abs() @ a.abs())
+        slack = (pair.rank + 3) * FLOAT32_EPS * (weight.abs() + abs(pair.scale) * (b[row].double().abs() @ a.abs()))
+        if magnitude is not None:
+            norm = torch.linalg.vector_norm(exact)
+            factor = magnitude[row].double() / norm
+            exact = exact * factor
+            of_norm = (width + 8) * FLOAT32_EPS + torch.linalg.vector_norm(slack) / norm
+            slack = slack * factor.abs() + exact.abs() * of_norm
         ulp = _ulp(exact, dtype)
         error = (found.double() - exact).abs()
-        if not bool((error <= 0.5 * ulp + (pair.rank + 3) * FLOAT32_EPS * size).all()):
+        if not bool((error <= 0.5 * ulp + slack).all()):
             raise VerificationFailed(
                 f"row {row} of {tensor.name} is off by {float((error / ulp).max()):.3g} ulp.",
                 code="merge_wrong",

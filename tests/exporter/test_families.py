@@ -111,3 +111,55 @@ def test_every_plain_lora_setting_merges_as_in_peft(
     make_adapter("gemma3_text", model, tmp_path / "adapter", dtype=adapter_dtype, **options)  # type: ignore[arg-type]  # the table's values are of mixed types
     merged = merged_into(tmp_path / "base", tmp_path / "adapter", tmp_path / "store")
     assert_same_tensors(model_tensors(load_model(merged)), peft_merged(tmp_path / "base", tmp_path / "adapter"))
+
+
+DORA = [
+    pytest.param(
+        family,
+        FAMILIES[family].layouts[0],
+        id=family,
+        marks=[] if family in ("gemma3_text", "gemma3", "gemma4") else [pytest.mark.full],
+    )
+    for family in FAMILIES
+]
+
+
+@pytest.mark.parametrize(("family", "layout"), DORA)
+def test_dora_merges_as_in_peft_up_to_the_last_bits_of_float32(family: str, layout: Layout, tmp_path: Path) -> None:
+    """Row norms are sums of many squares, which no two programs add up in the same order."""
+    model = save_base(family, tmp_path / "base", dtype=torch.float32, layout=layout)
+    make_adapter(family, model, tmp_path / "adapter", use_dora=True)
+    merged = merged_into(tmp_path / "base", tmp_path / "adapter", tmp_path / "store")
+    expected = peft_merged(tmp_path / "base", tmp_path / "adapter")
+    found = model_tensors(load_model(merged))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=2e-6, atol=1e-7, msg=name)
+    base, written = file_tensors(tmp_path / "base"), file_tensors(merged)
+    triples = len(file_tensors(tmp_path / "adapter")) // 3
+    assert sum(not same_bits(base[name], written[name]) for name in base) == triples
+
+
+def test_dora_in_half_precision_is_at_least_as_near_as_pefts(tmp_path: Path) -> None:
+    """Both against float64; how often each is the correctly rounded one is printed."""
+    model = save_base("gemma3_text", tmp_path / "base", dtype=torch.bfloat16)
+    make_adapter("gemma3_text", model, tmp_path / "adapter", use_dora=True)
+    merged = file_tensors(merged_into(tmp_path / "base", tmp_path / "adapter", tmp_path / "store"))
+    pefts = peft_merged(tmp_path / "base", tmp_path / "adapter")
+    base, adapter = file_tensors(tmp_path / "base"), file_tensors(tmp_path / "adapter")
+    ours_right, pefts_right, total = 0, 0, 0
+    for key in (key for key in adapter if key.endswith(".lora_A.weight")):
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        b, magnitude = (
+            adapter[key.replace("lora_A", "lora_B")],
+            adapter[key.replace("lora_A.weight", "lora_magnitude_vector")],
+        )
+        whole = base[f"{module}.weight"].double() + 2.0 * (b.double() @ adapter[key].double())
+        exact = whole * (magnitude.double() / torch.linalg.vector_norm(whole, dim=1))[:, None]
+        best = exact.to(torch.bfloat16)
+        ours_right += int((merged[f"{module}.weight"] == best).sum())
+        pefts_right += int((pefts[f"{module}.weight"] == best).sum())
+        total += best.numel()
+    print(f"correctly rounded: {ours_right} of {total} here, {pefts_right} in PEFT")  # noqa: T201  # a number to report
+    assert ours_right >= pefts_right
+    assert ours_right >= 0.999 * total

@@ -43,6 +43,30 @@ def test_folding_rows_in_place_equals_the_dense_expression(
     assert torch.equal(streamed, fold(weight, a, b, scale))
 
 
+@settings(deadline=None, max_examples=100)
+@given(folds(), st.integers(0, 2**32))
+def test_with_magnitudes_every_row_gets_its_length(
+    case: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, int], seed: int
+) -> None:
+    """DoRA, block by block: within half a step of the float64 result, plus the float32 error of sum and norm."""
+    weight, a, b, scale, limit = case
+    magnitude = torch.randn(weight.shape[0], generator=torch.Generator().manual_seed(seed))
+    streamed = weight.clone()
+    scratch = torch.full((weight.numel(),), math.nan)
+    for first, count in row_blocks(weight.shape[0], weight.shape[1], limit):
+        rows = slice(first, first + count)
+        fold_rows_(streamed[rows], first, factors(a, b, scale, magnitude), scratch)
+    total = weight.double() + scale * (b.double() @ a.double())
+    norms = torch.linalg.vector_norm(total, dim=1)[:, None]
+    exact = total * magnitude.double()[:, None] / norms
+    size = weight.double().abs() + abs(scale) * (b.double().abs() @ a.double().abs())
+    slack = (a.shape[0] + weight.shape[1] + 8) * 2.0**-24 * (size / norms * magnitude[:, None].abs() + exact.abs())
+    slack += exact.abs() * (a.shape[0] + 3) * 2.0**-24 * torch.linalg.vector_norm(size, dim=1)[:, None] / norms
+    bound = exact.abs() * torch.finfo(weight.dtype).eps / 2 + slack + 1e-7
+    for merged in (streamed, fold(weight, a, b, scale, magnitude)):
+        assert ((merged.double() - exact).abs() <= bound).all()
+
+
 @given(st.integers(0, 3000), st.integers(0, 3000), st.integers(1, 10**6))
 def test_row_blocks_cover_every_row_once_and_are_never_small(rows: int, width: int, limit: int) -> None:
     blocks = row_blocks(rows, width, limit)

@@ -268,7 +268,6 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
-        ({"use_dora": True}, "unsupported_use_dora"),
         ({"modules_to_save": ["lm_head"]}, "unsupported_modules_to_save"),
         ({"bias": "all"}, "unsupported_bias"),
         ({"lora_bias": True}, "unsupported_lora_bias"),
@@ -288,6 +287,43 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(
 def test_everything_of_peft_but_plain_lora_is_refused_by_name(changes: dict[str, Any], code: str, place: Path) -> None:
     edit_config(place / "adapter", **changes)
     assert refusal(place).error_code == code
+
+
+def _dora_adapter(place: Path) -> Path:
+    make_adapter("gemma3_text", build_model("gemma3_text"), place / "dora", use_dora=True)
+    return place / "dora"
+
+
+def _magnitudes(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
+    """Changes the magnitudes of an adapter, or leaves them out."""
+
+    def damage(adapter: Path) -> None:
+        path = adapter / "adapter_model.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        changed = {name: change(tensor) if "magnitude" in name else tensor for name, tensor in tensors.items()}
+        safetensors.torch.save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, path)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [
+        pytest.param(_magnitudes(lambda _: None), "adapter_half_missing", id="no magnitudes"),
+        pytest.param(_magnitudes(lambda found: found[1:]), "adapter_shape_mismatch", id="too few"),
+        pytest.param(_magnitudes(lambda found: found.long()), "unsupported_adapter_dtype", id="whole numbers"),
+        pytest.param(_magnitudes(lambda found: found * torch.inf), "adapter_not_finite", id="not finite"),
+        pytest.param(_magnitudes(lambda found: found * 0 + 3e38), "merge_overflow", id="too large"),
+        pytest.param(lambda adapter: edit_config(adapter, use_dora=False), "adapter_unknown_tensor", id="unannounced"),
+    ],
+)
+def test_magnitudes_that_fit_nothing_are_refused(damage: Callable[[Path], None], code: str, place: Path) -> None:
+    """Before a weight is read, but for those that only the weights show to be too large."""
+    adapter = _dora_adapter(place)
+    damage(adapter)
+    with pytest.raises(ExportError) as refused:
+        export(place / "base", adapter, place / "store")
+    assert refused.value.error_code == code
 
 
 def test_every_setting_that_peft_saves_by_default_is_plain(place: Path) -> None:
