@@ -19,24 +19,24 @@ from dispatcher.errors import AdapterMismatch, SourceError, Unsupported
 from exporter.checkpoint import Tensor, TensorFile, read_tensor_file
 from exporter.documents import read_json_object
 from exporter.lora import scaling
+from exporter.saved import FLOATING, Saved, refuse_missing, saved_tensor
 from exporter.tensors import TORCH_DTYPE, read_tensor
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1_000_000
 KEY_PREFIX = "base_model.model."
-FLOATING = frozenset({"F32", "F16", "BF16"})
 
 _IRRELEVANT = frozenset({
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
     *("exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_core"),
-    *("runtime_config", "qalora_group_size", "use_dora"),
+    *("runtime_config", "qalora_group_size", "use_dora", "modules_to_save", "trainable_token_indices"),
 })  # fmt: skip
 """Settings of a LoraConfig that plain merging reads, or that only training needs: the file's own tensors say which
 modules were trained. Any other setting that differs from `_DEFAULTS` or is truthy is refused by name."""
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
+    "bias": ("none", "all", "lora_only"),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 """Inits that leave the base's weights alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA train against changed ones."""
@@ -57,15 +57,24 @@ class LoraPair:
     magnitude: Tensor | None
     """[out]: DoRA's, which gives each row of the merged weight its length"""
 
+    @property
+    def target(self) -> str:
+        """The tensor that it changes."""
+        return f"{self.module}.weight"
+
+
+Change = LoraPair | Saved
+"""What becomes of one tensor of the base."""
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """A plain LoRA adapter, every tensor of it accounted for by exactly one pair."""
+    """A LoRA adapter, every tensor of it accounted for by exactly one change."""
 
     directory: Path
     config: dict[str, Any]
     file: TensorFile
-    pairs: tuple[LoraPair, ...]
+    changes: tuple[Change, ...]
 
 
 def read_adapter(directory: Path) -> Adapter:
@@ -84,7 +93,7 @@ def read_adapter(directory: Path) -> Adapter:
     _refuse_unsupported(config)
     refuse_without_weights([path.name for path in directory.iterdir() if path.is_file()], str(directory))
     file = read_tensor_file(directory / WEIGHTS_NAME)
-    return Adapter(directory, config, file, _pairs(file, config))
+    return Adapter(directory, config, file, _changes(file, config))
 
 
 def refuse_without_weights(names: Collection[str], where: str) -> None:
@@ -136,31 +145,35 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
             )
 
 
-def _pairs(file: TensorFile, config: dict[str, Any]) -> tuple[LoraPair, ...]:
+def _changes(file: TensorFile, config: dict[str, Any]) -> tuple[Change, ...]:
     parts: dict[str, dict[str, Tensor]] = {}
+    saved: list[Change] = []
     for tensor in file.tensors:
         match = re.fullmatch(
             r"base_model\.model\.(.+)\.lora_(?:([AB])\.weight|(magnitude)_vector(?:\.weight)?)", tensor.name
         )
-        if match is None:
+        name = tensor.name.removeprefix(KEY_PREFIX)
+        if match is not None:
+            parts.setdefault(match[1], {})[match[2] or match[3]] = tensor
+        elif name != tensor.name and (whole := saved_tensor(name, tensor, config)) is not None:
+            saved.append(whole)
+        else:
             raise _unknown_tensor(tensor.name)
-        parts.setdefault(match[1], {})[match[2] or match[3]] = tensor
-    if not parts:
+    if not parts and not saved:
         raise AdapterMismatch(f"{file.name} holds no tensors: nothing was trained.", code="adapter_empty")
-    return tuple(_pair(module, found, config) for module, found in sorted(parts.items()))
+    refuse_missing(config, [tensor.name.removeprefix(KEY_PREFIX) for tensor in file.tensors])
+    return (*(_pair(module, found, config) for module, found in sorted(parts.items())), *saved)
 
 
 def _unknown_tensor(name: str) -> Unsupported | AdapterMismatch:
     for mark, code in (
         ("lora_embedding_", "unsupported_embedding_lora"),
-        ("modules_to_save", "unsupported_modules_to_save"),
-        ("trainable_tokens", "unsupported_trainable_token_indices"),
         (".lora_B.bias", "unsupported_lora_bias"),
     ):
         if mark in name:
-            return Unsupported(f"adapter tensor {name[:200]!r} is not plain LoRA.", code=code)
+            return Unsupported(f"adapter tensor {name[:200]!r} is of a kind that is not merged.", code=code)
     return AdapterMismatch(
-        f"adapter tensor {name[:200]!r} is neither lora_A nor lora_B under {KEY_PREFIX!r}: nothing would apply it.",
+        f"adapter tensor {name[:200]!r} is nothing that the config speaks of: nothing would apply it.",
         code="adapter_unknown_tensor",
     )
 

@@ -39,8 +39,8 @@ def merge_with_peft(base: Base, adapter: Path, output: Path) -> tuple[int, int]:
 
     Raises:
         SourceError: `adapter_weights_missing`, or `base_not_loadable` when transformers cannot load the base.
-        Unsupported: What PEFT itself merges wrong (`unsupported_tied_lm_head`, `unsupported_embedding_lora`), or
-            cannot merge (`peft_failed`).
+        Unsupported: What PEFT itself merges wrong (`unsupported_tied_lm_head`, `unsupported_embedding_lora`,
+            `unsupported_tied_embedding`), or cannot merge (`peft_failed`).
         AdapterMismatch: NaN in the adapter, or `adapter_unmatched` when PEFT applied only part of it, of which it
             only warns.
     """
@@ -74,7 +74,7 @@ def merge_with_peft(base: Base, adapter: Path, output: Path) -> tuple[int, int]:
 
 
 def _refuse_what_peft_gets_wrong(file: TensorFile, base: Base) -> None:
-    """On a tied model PEFT adds the delta of the head, or of the embedding, to the one tensor that both share."""
+    """On a tied model PEFT changes the one tensor that head and embedding share for the sake of one, or forgets one."""
     if not is_tied(base.config):
         return
     for tensor in file.tensors:
@@ -82,6 +82,8 @@ def _refuse_what_peft_gets_wrong(file: TensorFile, base: Base) -> None:
             code = "unsupported_tied_lm_head"
         elif "lora_embedding_" in tensor.name:
             code = "unsupported_embedding_lora"
+        elif tensor.name.endswith(".embed_tokens.weight"):
+            code = "unsupported_tied_embedding"
         else:
             continue
         raise Unsupported(f"{tensor.name[:200]!r}: PEFT merges this wrong on a base with tied embeddings.", code=code)

@@ -114,9 +114,19 @@ def fold_rows_(rows: torch.Tensor, first: int, pair: Factors, scratch: torch.Ten
         norms = torch.linalg.vector_norm(total, dim=1)
         total.mul_((pair.magnitude[first : first + rows.shape[0]] / norms)[:, None])
     rows.copy_(total)
-    if _may_overflow(rows.dtype, pair) and not torch.isfinite(rows).all():
+    if _may_overflow(rows.dtype, pair):
+        refuse_overflow(rows)
+
+
+def refuse_overflow(values: torch.Tensor) -> None:
+    """Refuse what is not finite once it has the base's dtype.
+
+    Raises:
+        VerificationFailed: `merge_overflow`.
+    """
+    if not torch.isfinite(values).all():
         raise VerificationFailed(
-            f"merged values are not finite in {str(rows.dtype).removeprefix('torch.')}: "
+            f"merged values are not finite in {str(values.dtype).removeprefix('torch.')}: "
             "the adapter's weights, magnitudes or scale do not fit this base",
             code="merge_overflow",
         )

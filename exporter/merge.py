@@ -5,6 +5,7 @@ few buffers that are used over and over, because allocating (and first touching)
 its time on.
 """
 
+import math
 import os
 import threading
 from collections import deque
@@ -17,9 +18,10 @@ import torch
 
 from exporter.adapter import Adapter, LoraPair
 from exporter.checkpoint import Tensor
-from exporter.lora import Factors, factors, fold_rows_, row_blocks
+from exporter.lora import Factors, factors, fold_rows_, refuse_overflow, row_blocks
 from exporter.plan import OutputFile
-from exporter.tensors import TORCH_DTYPE, read_into, read_tensor
+from exporter.saved import Saved
+from exporter.tensors import TORCH_DTYPE, read_elements, read_into, read_tensor
 
 VERSION = "1"
 """Part of every artifact's version: raise it when the bytes that this module writes for a given plan change."""
@@ -51,6 +53,12 @@ class _Merge:
     pair: LoraPair
 
 
+@dataclass(frozen=True)
+class _Replace:
+    tensor: Tensor
+    saved: Saved
+
+
 def write_merged(planned: OutputFile, adapter: Adapter, sink: Sink, on_bytes: OnBytes) -> None:
     """Write one output file of a plan, front to back.
 
@@ -59,8 +67,8 @@ def write_merged(planned: OutputFile, adapter: Adapter, sink: Sink, on_bytes: On
         VerificationFailed: A merged value is not finite.
         Exception: Whatever the sink or `on_bytes` raise.
     """
-    merged = [tensor for tensor in planned.source.tensors if tensor.name in planned.merges]
-    largest = max((_largest_block(tensor) for tensor in merged), default=0)
+    changed = [tensor for tensor in planned.source.tensors if tensor.name in planned.changes]
+    largest = max((_largest_block(tensor) for tensor in changed), default=0)
     workers = fold_workers()
     free = deque(bytearray(max(BLOCK_BYTES, largest * 4)) for _ in range(workers + 2))
     under_way: deque[tuple[Future[None], bytearray, int]] = deque()
@@ -130,21 +138,27 @@ class _Workers:
 
 def _blocks(planned: OutputFile, adapter: Adapter) -> Iterator[_Block]:
     for step in _steps(planned):
-        yield from _copied(step) if isinstance(step, _Copy) else _folded(step, adapter)
+        match step:
+            case _Copy():
+                yield from _copied(step)
+            case _Merge():
+                yield from _folded(step, adapter)
+            case _Replace():
+                yield from _replaced(step, adapter)
 
 
-def _steps(planned: OutputFile) -> Iterator[_Copy | _Merge]:
+def _steps(planned: OutputFile) -> Iterator[_Copy | _Merge | _Replace]:
     """The plan of one file with neighbouring copies joined: what is only copied has no tensor boundaries."""
     run: _Copy | None = None
     for tensor in planned.source.tensors:
-        pair = planned.merges.get(tensor.name)
-        if pair is None:
+        change = planned.changes.get(tensor.name)
+        if change is None:
             run = _Copy(run.start, run.nbytes + tensor.nbytes) if run else _Copy(tensor.start, tensor.nbytes)
             continue
         if run:
             yield run
             run = None
-        yield _Merge(tensor, pair)
+        yield _Merge(tensor, change) if isinstance(change, LoraPair) else _Replace(tensor, change)
     if run:
         yield run
 
@@ -155,8 +169,35 @@ def _copied(step: _Copy) -> Iterator[_Block]:
 
 
 def _largest_block(tensor: Tensor) -> int:
-    rows, width = tensor.shape
+    rows, width = _rows(tensor)
     return max((count * width for _, count in row_blocks(rows, width, FOLD_ELEMENTS)), default=0)
+
+
+def _rows(tensor: Tensor) -> tuple[int, int]:
+    """Rows and width of a tensor; what is no matrix counts as one row per element of its first dimension."""
+    rows = tensor.shape[0] if tensor.shape else 1
+    return rows, math.prod(tensor.shape) // max(1, rows)
+
+
+def _replaced(step: _Replace, adapter: Adapter) -> Iterator[_Block]:
+    """The base's bytes with the adapter's own values put over them, rounded once to the base's dtype."""
+    rows, width = _rows(step.tensor)
+    dtype = TORCH_DTYPE[step.tensor.dtype]
+    saved = step.saved
+    places = None if saved.rows is None else {row: index for index, row in enumerate(saved.rows)}
+    for first, count in row_blocks(rows, width, FOLD_ELEMENTS):
+
+        def put(buffer: bytearray, scratch: torch.Tensor, first: int = first, count: int = count) -> None:
+            values = torch.frombuffer(buffer, dtype=dtype, count=count * width)
+            if places is None:
+                values.copy_(read_elements(adapter.file, saved.tensor, first * width, count * width))
+            else:
+                for row in places.keys() & range(first, first + count):
+                    new = read_elements(adapter.file, saved.tensor, places[row] * width, width)
+                    values[(row - first) * width :][:width].copy_(new)
+            refuse_overflow(values)
+
+        yield _Block(step.tensor.start + first * width * dtype.itemsize, count * width * dtype.itemsize, put)
 
 
 def _folded(step: _Merge, adapter: Adapter) -> Iterator[_Block]:

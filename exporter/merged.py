@@ -167,6 +167,8 @@ def _stream(attempt: Attempt, base: Base, adapter_dir: Path, report: Report) -> 
     report("verifying", _WRITE_TO)
     verified = verify_merged(attempt.store, attempt.directory, plan, adapter)
     tensors: dict[str, Any] = {"merged": plan.merged, "copied": plan.copied, "bytes": plan.nbytes}
+    if plan.replaced:
+        tensors["replaced"] = plan.replaced
     if plan.tower:
         tensors["mapped_to_tower"] = plan.tower
     return _Written(files, tensors, verified)

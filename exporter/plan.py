@@ -1,6 +1,6 @@
 """The ledger: which base tensor each adapter tensor changes, decided from headers alone, before any weight is read.
 
-Every pair of the adapter ends at exactly one tensor of the base, or the export is refused by name. The output keeps
+Every change of the adapter ends at exactly one tensor of the base, or the export is refused by name. The output keeps
 the base's files, tensor names, order, dtypes and shapes.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dispatcher.errors import AdapterMismatch, Unsupported
-from exporter.adapter import Adapter, LoraPair
+from exporter.adapter import Adapter, Change, LoraPair
 from exporter.checkpoint import Checkpoint, Tensor, TensorFile, header_bytes
 from exporter.gemma import Family, canonical_name
 from exporter.tensors import TORCH_DTYPE
@@ -21,11 +21,11 @@ TEXT_TOWERS = ("language_model.", "language_model.model.")
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One file to write: `header`, then every tensor of `source` in its order, copied or merged."""
+    """One file to write: `header`, then every tensor of `source` in its order, copied or changed."""
 
     source: TensorFile
     header: bytes
-    merges: Mapping[str, LoraPair]
+    changes: Mapping[str, Change]
 
     @property
     def name(self) -> str:
@@ -47,11 +47,18 @@ class Plan:
 
     @property
     def merged(self) -> int:
-        return sum(len(file.merges) for file in self.files)
+        """How many tensors a trained pair is added to."""
+        return sum(isinstance(change, LoraPair) for file in self.files for change in file.changes.values())
+
+    @property
+    def replaced(self) -> int:
+        """How many tensors, or rows of them, are the adapter's own."""
+        return sum(len(file.changes) for file in self.files) - self.merged
 
     @property
     def copied(self) -> int:
-        return sum(len(file.source.tensors) for file in self.files) - self.merged
+        """How many tensors are the base's."""
+        return sum(len(file.source.tensors) - len(file.changes) for file in self.files)
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +66,7 @@ class Plan:
 
 
 def plan_merge(base: Checkpoint, adapter: Adapter, family: Family, config: Mapping[str, Any]) -> Plan:
-    """Match every adapter pair to the one base tensor it changes.
+    """Match every change of the adapter to the one base tensor it is for.
 
     Args:
         base: The base's headers.
@@ -68,26 +75,26 @@ def plan_merge(base: Checkpoint, adapter: Adapter, family: Family, config: Mappi
         config: The base's config.json.
 
     Raises:
-        AdapterMismatch: A pair fits no tensor, more than one, one that another pair also fits, or its shape differs.
-        Unsupported: The pair fits, but not by plain LoRA on a 16- or 32-bit linear weight.
+        AdapterMismatch: A change fits no tensor, more than one, one that another also fits, or its shape differs.
+        Unsupported: It fits, but a tensor that is not merged: quantized, or tied to another.
     """
     names = _by_canonical_name(base, family)
     tensors = {name: tensor for name, (_, tensor) in base.tensors().items()}
     move, targets = _resolve(adapter, family, names, tensors, tied=is_tied(config))
-    merges: dict[str, LoraPair] = {}
-    for pair, target in targets:
-        if target in merges:
+    changes: dict[str, Change] = {}
+    for change, target in targets:
+        if target in changes:
             raise AdapterMismatch(
-                f"modules {merges[target].module!r} and {pair.module!r} both change {target!r}.",
+                f"{changes[target].target!r} and {change.target!r} of the adapter both change {target!r}.",
                 code="adapter_duplicate_target",
             )
-        _check_fit(pair, tensors[target])
-        merges[target] = pair
+        _check_fit(change, tensors[target])
+        changes[target] = change
     files = tuple(
         OutputFile(
             source=file,
             header=header_bytes(file.tensors, file.metadata),
-            merges={tensor.name: merges[tensor.name] for tensor in file.tensors if tensor.name in merges},
+            changes={tensor.name: changes[tensor.name] for tensor in file.tensors if tensor.name in changes},
         )
         for file in base.files
     )
@@ -126,30 +133,35 @@ class _Move:
 
 def _resolve(
     adapter: Adapter, family: Family, names: dict[str, list[str]], tensors: dict[str, Tensor], *, tied: bool
-) -> tuple[_Move | None, list[tuple[LoraPair, str]]]:
-    wanted = [(pair, canonical_name(f"{pair.module}.weight", family)) for pair in adapter.pairs]
-    for pair, name in wanted:
+) -> tuple[_Move | None, list[tuple[Change, str]]]:
+    wanted = [(change, canonical_name(change.target, family)) for change in adapter.changes]
+    for change, name in wanted:
         if name == "lm_head.weight" and tied:
             raise Unsupported(
-                f"the adapter trained {pair.module!r}, which this base ties to its embedding.",
+                f"the adapter trained {change.target!r}, which this base ties to its embedding.",
                 code="unsupported_tied_lm_head",
             )
-    astray = [(pair, name) for pair, name in wanted if name not in names]
+        if name.split(".")[-2:] == ["embed_tokens", "weight"] and tied and _is_whole(change):
+            raise Unsupported(
+                f"the adapter trained {change.target!r} alone, to which this base ties its output head.",
+                code="unsupported_tied_embedding",
+            )
+    astray = [(change, name) for change, name in wanted if name not in names]
     move = _move_of(astray, names, tensors, found=[name for _, name in wanted if name in names]) if astray else None
     targets = []
-    for pair, name in wanted:
+    for change, name in wanted:
         mapped = name if name in names or move is None else move(name)
         if len(names[mapped]) > 1:
             raise AdapterMismatch(
-                f"module {pair.module!r} fits more than one tensor of the base: {', '.join(names[mapped][:4])}.",
+                f"{change.target!r} fits more than one tensor of the base: {', '.join(names[mapped][:4])}.",
                 code="adapter_ambiguous",
             )
-        targets.append((pair, names[mapped][0]))
+        targets.append((change, names[mapped][0]))
     return move, targets
 
 
 def _move_of(
-    astray: list[tuple[LoraPair, str]],
+    astray: list[tuple[Change, str]],
     names: dict[str, list[str]],
     tensors: dict[str, Tensor],
     found: list[str],
@@ -167,35 +179,53 @@ def _move_of(
     fitting = sorted(
         move
         for move in moves
-        if all(move(name) in names and _fits(pair, tensors[names[move(name)][0]]) for pair, name in astray)
+        if all(move(name) in names and _fits(change, tensors[names[move(name)][0]]) for change, name in astray)
     )
     if len(fitting) > 1:
         raise AdapterMismatch(
-            f"module {astray[0][0].module!r} fits more than one tower of the base: "
+            f"{astray[0][0].target!r} fits more than one tower of the base: "
             f"{', '.join(move.tower for move in fitting)}.",
             code="adapter_ambiguous",
         )
     if not fitting or any(name != "lm_head.weight" for name in found):
         raise AdapterMismatch(
-            f"{len(astray)} of the adapter's modules match no tensor of the base, "
-            f"first {astray[0][0].module!r}: was it trained on another base?",
+            f"{len(astray)} of what the adapter trained match no tensor of the base, "
+            f"first {astray[0][0].target!r}: was it trained on another base?",
             code="adapter_unmatched",
         )
     return fitting[0]
 
 
-def _fits(pair: LoraPair, tensor: Tensor) -> bool:
-    return tensor.shape == (pair.b.shape[0], pair.a.shape[1])
+def _is_whole(change: Change) -> bool:
+    """Whether it is a tensor of its own; rows of a tied embedding PEFT trains in both places."""
+    return not isinstance(change, LoraPair) and change.rows is None
 
 
-def _check_fit(pair: LoraPair, tensor: Tensor) -> None:
-    if tensor.name.rpartition(".")[0].endswith(("embed_tokens", "embed_tokens_per_layer")):
-        raise Unsupported(f"{pair.module!r} is an embedding, not a linear layer.", code="unsupported_embedding_lora")
-    if not _fits(pair, tensor):
+def _shape(change: Change, tensor: Tensor) -> tuple[int, ...]:
+    """The shape of the base's tensor that a change is for, as far as the adapter tells."""
+    if isinstance(change, LoraPair):
+        return (change.b.shape[0], change.a.shape[1])
+    return change.tensor.shape if change.rows is None else tensor.shape[:1] + change.tensor.shape[1:]
+
+
+def _fits(change: Change, tensor: Tensor) -> bool:
+    return tensor.shape == _shape(change, tensor)
+
+
+def _check_fit(change: Change, tensor: Tensor) -> None:
+    is_embedding = tensor.name.rpartition(".")[0].endswith(("embed_tokens", "embed_tokens_per_layer"))
+    if is_embedding and isinstance(change, LoraPair):
+        raise Unsupported(f"{change.module!r} is an embedding, not a linear layer.", code="unsupported_embedding_lora")
+    if not _fits(change, tensor):
         raise AdapterMismatch(
-            f"module {pair.module!r}: B @ A is [{pair.b.shape[0]}, {pair.a.shape[1]}], "
+            f"{change.target!r} of the adapter is for {list(_shape(change, tensor))}, "
             f"the base's {tensor.name!r} is {list(tensor.shape)}: was it trained on another size?",
             code="adapter_shape_mismatch",
+        )
+    if not isinstance(change, LoraPair) and change.rows and max(change.rows) >= tensor.shape[0]:
+        raise AdapterMismatch(
+            f"the adapter trained row {max(change.rows)} of {tensor.name!r}, which has {tensor.shape[0]} rows.",
+            code="adapter_token_indices_invalid",
         )
     if tensor.dtype not in FOLDABLE:
         raise Unsupported(

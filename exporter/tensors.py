@@ -40,3 +40,12 @@ def read_tensor(file: TensorFile, tensor: Tensor) -> torch.Tensor:
     if not data:
         return torch.empty(tensor.shape, dtype=TORCH_DTYPE[tensor.dtype])
     return torch.frombuffer(data, dtype=TORCH_DTYPE[tensor.dtype]).view(tensor.shape)
+
+
+def read_elements(file: TensorFile, tensor: Tensor, first: int, count: int) -> torch.Tensor:
+    """`count` elements of a tensor, from the flat index `first` on, of its own dtype; 1-D."""
+    dtype = TORCH_DTYPE[tensor.dtype]
+    data = bytearray(count * dtype.itemsize)
+    with file.open() as source:
+        read_into(source.fileno(), memoryview(data), tensor.start + first * dtype.itemsize, file.name)
+    return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)

@@ -12,11 +12,12 @@ import torch
 
 from dispatcher.artifacts import ArtifactReader, ArtifactStore
 from dispatcher.errors import NotFound, Unavailable, VerificationFailed
-from exporter.adapter import Adapter
+from exporter.adapter import Adapter, Change, LoraPair
 from exporter.checkpoint import Checkpoint, Tensor, TensorFile, open_checkpoint
 from exporter.gemma import Family, canonical_name
 from exporter.plan import OutputFile, Plan
-from exporter.tensors import TORCH_DTYPE, read_tensor
+from exporter.saved import Saved
+from exporter.tensors import TORCH_DTYPE, read_elements, read_tensor
 
 SAMPLED_TENSORS = 12
 SAMPLED_ROWS = 2
@@ -35,12 +36,17 @@ class _Place:
     start: int
     """The offset of its bytes in the file."""
 
+    @property
+    def change(self) -> Change | None:
+        """What the plan does to it; None is a copy."""
+        return self.file.changes.get(self.tensor.name)
+
 
 def verify_merged(store: ArtifactStore, directory: str, plan: Plan, adapter: Adapter) -> dict[str, Any]:
     """Check the written shards of a plan against the plan, the base and the adapter.
 
     Every file: its header and size. A sample of merged tensors: rows recomputed in float64 from base and adapter.
-    A sample of copied tensors: their first bytes.
+    A sample of replaced ones: rows as the adapter has them. A sample of copied ones: their first bytes.
 
     Returns:
         What was checked, for the manifest: counts, and the worst error in ulps of the output's dtype.
@@ -49,21 +55,28 @@ def verify_merged(store: ArtifactStore, directory: str, plan: Plan, adapter: Ada
         VerificationFailed: `nothing_changed`, `header_differs`, `merge_wrong` or `copy_differs`.
         Unavailable: A file is not there any more (`artifact_vanished`).
     """
-    if plan.merged == 0:
-        raise VerificationFailed("the plan merges no tensor at all.", code="nothing_changed")
+    if plan.merged + plan.replaced == 0:
+        raise VerificationFailed("the plan changes no tensor at all.", code="nothing_changed")
     written = [place for planned in plan.files for place in _written(planned) if place.tensor.nbytes]
-    merged = _spread([place for place in written if place.tensor.name in place.file.merges])
-    copied = _spread([place for place in written if place.tensor.name not in place.file.merges])
+    merged = _spread([(place, pair) for place in written if isinstance(pair := place.change, LoraPair)])
+    replaced = _spread([(place, saved) for place in written if isinstance(saved := place.change, Saved)])
+    copied = _spread([place for place in written if place.change is None])
     worst = 0.0
     for planned in plan.files:
         with _opened(store, directory, planned) as output:
-            for place in (place for place in merged if place.file is planned):
-                worst = max(worst, _merge_error(output, place, adapter))
-            for place in (place for place in copied if place.file is planned):
-                _refuse_copy_that_differs(output, place)
+            for place, pair in merged:
+                if place.file is planned:
+                    worst = max(worst, _merge_error(output, place, pair, adapter))
+            for place, saved in replaced:
+                if place.file is planned:
+                    _refuse_replacement_that_differs(output, place, saved, adapter)
+            for place in copied:
+                if place.file is planned:
+                    _refuse_copy_that_differs(output, place)
     return {
         "files": len(plan.files),
         "merged_sampled": len(merged),
+        "replaced_sampled": len(replaced),
         "copied_sampled": len(copied),
         "worst_error_ulp": round(worst, 4),
     }
@@ -142,13 +155,26 @@ def _refuse_copy_that_differs(output: ArtifactReader, place: _Place) -> None:
         raise VerificationFailed(f"{place.tensor.name} differs from the base's.", code="copy_differs")
 
 
-def _merge_error(output: ArtifactReader, place: _Place, adapter: Adapter) -> float:
+def _refuse_replacement_that_differs(output: ArtifactReader, place: _Place, saved: Saved, adapter: Adapter) -> None:
+    """Compare what was replaced with the adapter's own values, rounded to the base's dtype, as far as is sampled."""
+    dtype = TORCH_DTYPE[place.tensor.dtype]
+    width = math.prod(place.tensor.shape[1:])
+    rows = range(place.tensor.shape[0]) if saved.rows is None else saved.rows
+    sampled = _spread(list(enumerate(rows)))
+    for index, row in sampled:
+        wanted = read_elements(adapter.file, saved.tensor, index * width, width).to(dtype)
+        found = output.read(place.start + row * width * dtype.itemsize, width * dtype.itemsize)
+        if not torch.equal(torch.frombuffer(bytearray(found), dtype=dtype), wanted):
+            raise VerificationFailed(f"row {row} of {place.tensor.name} is not the adapter's.", code="merge_wrong")
+
+
+def _merge_error(output: ArtifactReader, place: _Place, pair: LoraPair, adapter: Adapter) -> float:
     """The worst error, in ulps, of some rows of a merged tensor against float64.
 
     The bound is half an ulp for the one rounding, plus the float32 error of a dot product of length rank and, with
     DoRA, of the row's norm (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5).
     """
-    tensor, pair = place.tensor, place.file.merges[place.tensor.name]
+    tensor = place.tensor
     dtype = TORCH_DTYPE[tensor.dtype]
     rows, width = tensor.shape
     row_bytes = width * dtype.itemsize

@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 
-from tests.exporter.exporting import merged_into
+from dispatcher.artifacts import path_of
+from tests.exporter.exporting import export, merged_into
 from tests.gemmas import (
     CASES,
     FAMILIES,
     Layout,
     assert_same_tensors,
+    build_model,
     file_tensors,
     load_model,
     make_adapter,
@@ -19,6 +22,7 @@ from tests.gemmas import (
     same_bits,
     save_base,
     shared_kv_names,
+    text_logits,
 )
 
 ADAPTER_LAYOUTS: tuple[Layout, ...] = ("hub", "nested", "modules")
@@ -163,3 +167,63 @@ def test_dora_in_half_precision_is_at_least_as_near_as_pefts(tmp_path: Path) -> 
     print(f"correctly rounded: {ours_right} of {total} here, {pefts_right} in PEFT")  # noqa: T201  # a number to report
     assert ours_right >= pefts_right
     assert ours_right >= 0.999 * total
+
+
+TRAINED_WHOLE = [
+    pytest.param("gemma3_text", {"modules_to_save": ["input_layernorm", "model.norm"]}, 3, id="norms"),
+    pytest.param("gemma3_text", {"trainable_token_indices": [7, 3, 319]}, 1, id="tokens"),
+    pytest.param("gemma3", {"trainable_token_indices": {"embed_tokens": [5]}}, 1, id="tokens of a tower"),
+    pytest.param("gemma3", {"bias": "all", "targets": r".*vision_tower.*q_proj"}, 18, id="all biases"),
+    pytest.param("gemma3", {"bias": "lora_only", "targets": r".*vision_tower.*q_proj"}, 2, id="biases of targets"),
+    pytest.param(
+        "gemma4",
+        {"modules_to_save": ["per_layer_projection_norm"], "targets": r".*language_model.*q_proj"},
+        1,
+        id="a norm of gemma4",
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "options", "replaced"), TRAINED_WHOLE)
+def test_what_was_trained_whole_takes_the_place_of_the_bases(
+    family: str, options: dict[str, object], replaced: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Bit for bit as in PEFT, beside the pairs; and nothing else changes."""
+    options = {"targets": ["q_proj"], **options}
+    model = save_base(family, tmp_path / "base", layout=FAMILIES[family].layouts[0], dtype=dtype)
+    make_adapter(family, model, tmp_path / "adapter", **options)  # type: ignore[arg-type]  # the table's values are of mixed types
+    result = export(tmp_path / "base", tmp_path / "adapter", tmp_path / "store")
+    assert result.summary["replaced"] == replaced
+    merged = path_of(result.artifact.uri)
+    assert_same_tensors(model_tensors(load_model(merged)), peft_merged(tmp_path / "base", tmp_path / "adapter"))
+    base, written = file_tensors(tmp_path / "base"), file_tensors(merged)
+    changed = [name for name in base if not same_bits(base[name], written[name])]
+    assert len(changed) == result.summary["merged"] + replaced
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gemma2", "gemma"])
+def test_trained_tokens_of_a_tied_embedding_speak_as_before_the_merge(family: str, tmp_path: Path) -> None:
+    """Into the model and out of it: PEFT trains the rows of embedding and head as one."""
+    model = save_base(family, tmp_path / "base", dtype=torch.float32)
+    make_adapter(family, model, tmp_path / "adapter", targets=["q_proj"], trainable_token_indices=[40, 21, 3, 25])
+    merged = load_model(merged_into(tmp_path / "base", tmp_path / "adapter", tmp_path / "store"))
+    unmerged = peft.PeftModel.from_pretrained(load_model(tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(text_logits(merged), text_logits(unmerged), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(text_logits(merged), text_logits(load_model(tmp_path / "base")), atol=1e-3)
+
+
+def test_an_untied_head_and_its_embedding_are_each_their_own(tmp_path: Path) -> None:
+    """Both trained whole, on a base that does not tie them."""
+    model = build_model("gemma3_text")
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.all_tied_weights_keys = {}
+    save_base("gemma3_text", tmp_path / "base", model=model)
+    make_adapter(
+        "gemma3_text", model, tmp_path / "adapter", targets=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
+    )
+    merged = merged_into(tmp_path / "base", tmp_path / "adapter", tmp_path / "store")
+    assert_same_tensors(model_tensors(load_model(merged)), peft_merged(tmp_path / "base", tmp_path / "adapter"))
+    written = file_tensors(merged)
+    assert not same_bits(written["lm_head.weight"], written["model.embed_tokens.weight"])

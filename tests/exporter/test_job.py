@@ -541,6 +541,10 @@ def _train_the_head(tensors: Tensors) -> Tensors:
     return {**tensors, head.format("A"): torch.ones(4, 16), head.format("B"): torch.ones(64, 4)}
 
 
+def _train_the_embedding(tensors: Tensors) -> Tensors:
+    return {**tensors, "base_model.model.model.embed_tokens.weight": torch.ones(64, 16)}
+
+
 def _of_another_base(tensors: Tensors) -> Tensors:
     return {name.replace("layers.1.", "layers.5."): tensor for name, tensor in tensors.items()}
 
@@ -550,6 +554,7 @@ def _of_another_base(tensors: Tensors) -> Tensors:
     [
         (_poison, "adapter_not_finite"),
         (_train_the_head, "unsupported_tied_lm_head"),
+        (_train_the_embedding, "unsupported_tied_embedding"),
         (_of_another_base, "adapter_unmatched"),
         (lambda tensors: {name: tensor * 0 for name, tensor in tensors.items()}, "nothing_changed"),
     ],

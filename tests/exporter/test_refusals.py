@@ -268,10 +268,11 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
-        ({"modules_to_save": ["lm_head"]}, "unsupported_modules_to_save"),
-        ({"bias": "all"}, "unsupported_bias"),
+        ({"modules_to_save": ["lm_head"]}, "adapter_half_missing"),
+        ({"modules_to_save": "norm"}, "adapter_config_invalid"),
+        ({"bias": "some"}, "unsupported_bias"),
         ({"lora_bias": True}, "unsupported_lora_bias"),
-        ({"trainable_token_indices": [1]}, "unsupported_trainable_token_indices"),
+        ({"trainable_token_indices": [1]}, "adapter_half_missing"),
         ({"target_parameters": ["experts.down_proj"]}, "unsupported_target_parameters"),
         ({"layer_replication": [[0, 1]]}, "unsupported_layer_replication"),
         ({"use_qalora": True}, "unsupported_use_qalora"),
@@ -287,6 +288,37 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(
 def test_everything_of_peft_but_plain_lora_is_refused_by_name(changes: dict[str, Any], code: str, place: Path) -> None:
     edit_config(place / "adapter", **changes)
     assert refusal(place).error_code == code
+
+
+def _trained(place: Path, **options: Any) -> Path:
+    """An adapter that trained more than pairs."""
+    make_adapter("gemma3_text", build_model("gemma3_text"), place / "more", targets=["q_proj"], **options)
+    return place / "more"
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "code"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, {}, "unsupported_tied_embedding"),
+        ({"modules_to_save": ["lm_head"]}, {}, "unsupported_tied_lm_head"),
+        ({"modules_to_save": ["norm"]}, {"modules_to_save": None}, "adapter_unknown_tensor"),
+        ({"trainable_token_indices": [1, 2]}, {"trainable_token_indices": [1]}, "adapter_token_indices_invalid"),
+        ({"trainable_token_indices": [1, 2]}, {"trainable_token_indices": [1, 1]}, "adapter_token_indices_invalid"),
+        ({"trainable_token_indices": [1, 2]}, {"trainable_token_indices": [1, -2]}, "adapter_token_indices_invalid"),
+        ({"trainable_token_indices": [1, 2]}, {"trainable_token_indices": [1, 9999]}, "adapter_token_indices_invalid"),
+        ({"trainable_token_indices": [1, 2]}, {"trainable_token_indices": None}, "adapter_token_indices_invalid"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # which is what makes them unfit
+def test_what_was_trained_whole_and_fits_nothing_is_refused(
+    options: dict[str, Any], changes: dict[str, Any], code: str, place: Path
+) -> None:
+    """By name, before a weight is read."""
+    adapter = _trained(place, **options)
+    edit_config(adapter, **changes)
+    with pytest.raises(ExportError) as refused:
+        export(place / "base", adapter, place / "store")
+    assert refused.value.error_code == code
 
 
 def _dora_adapter(place: Path) -> Path:

@@ -48,10 +48,17 @@ def make_adapter(
         options.setdefault("exclude_modules", ["lm_head"])
     config = peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, **options)
     wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+
+    def trains_biases(name: str) -> bool:
+        return config.bias != "none" and name.endswith(".bias") and (config.bias == "all" or ".base_layer." in name)
+
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(wrapped.named_parameters()):
+        values = torch.randn(parameter.shape, generator=generator) * 0.1
         if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.data = values
+        elif any(mark in name for mark in (".modules_to_save.", ".trainable_tokens_delta")) or trains_biases(name):
+            parameter.data.copy_(values)  # in its own dtype: PEFT loads it as such, too
     wrapped.save_pretrained(directory, save_embedding_layers=False)
     path = directory / "adapter_model.safetensors"
     tensors = {

@@ -1,0 +1,120 @@
+"""What an adapter stores whole: tensors that were trained themselves, and rows of an embedding.
+
+Formats, as PEFT saves them under `base_model.model.`: with `modules_to_save` and with `bias` the tensor's own name (a
+targeted module's bias as `{module}.base_layer.bias`), with `trainable_token_indices`
+`{module}.token_adapter.trainable_tokens_delta` [n, dim], which despite its name holds the new rows, in the order of the
+indices. Source: `peft.utils.other.ModulesToSaveWrapper`, `peft.tuners.trainable_tokens.layer.TrainableTokensLayer`.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dispatcher.errors import AdapterMismatch, SourceError, Unsupported
+from exporter.checkpoint import Tensor
+
+TOKENS_SUFFIX = ".token_adapter.trainable_tokens_delta"
+FLOATING = frozenset({"F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor that takes the place of the base's, or of some of its rows."""
+
+    target: str
+    """The base's tensor, as the adapter's file names it, without PEFT's prefix"""
+    tensor: Tensor
+    """Of the base's shape, or [n, width]"""
+    rows: tuple[int, ...] | None
+    """Which rows these are; None is all of it."""
+
+
+def saved_tensor(name: str, tensor: Tensor, config: dict[str, Any]) -> Saved | None:
+    """What a tensor of an adapter's file replaces; None when the config says nothing of it.
+
+    Args:
+        name: The tensor's name without PEFT's prefix.
+        tensor: Its header.
+        config: The adapter's config.
+
+    Raises:
+        AdapterMismatch: The config's token indices are none, or not as many as there are rows
+            (`adapter_token_indices_invalid`).
+        Unsupported: `unsupported_adapter_dtype`.
+    """
+    if name.endswith(TOKENS_SUFFIX):
+        module = name.removesuffix(TOKENS_SUFFIX)
+        found: Saved | None = Saved(f"{module}.weight", tensor, _indices(module, tensor, config))
+    elif _is_saved_module(name, config) or (config.get("bias") in ("all", "lora_only") and name.endswith(".bias")):
+        found = Saved(name.replace(".base_layer.", "."), tensor, None)
+    else:
+        return None
+    if tensor.dtype not in FLOATING:
+        raise Unsupported(
+            f"{tensor.name!r} has dtype {tensor.dtype}; F32, F16 or BF16 are expected.",
+            code="unsupported_adapter_dtype",
+        )
+    return found
+
+
+def refuse_missing(config: dict[str, Any], names: Iterable[str]) -> None:
+    """Refuse a file without something that its config says was trained.
+
+    Args:
+        config: The adapter's config.
+        names: Every tensor of the file, without PEFT's prefix.
+
+    Raises:
+        AdapterMismatch: `adapter_half_missing`.
+        SourceError: `modules_to_save` is no list of names (`adapter_config_invalid`).
+    """
+    names = list(names)
+    modules = [module for module in _modules(config) if not any(_is_within(name, module) for name in names)]
+    if modules:
+        raise AdapterMismatch(
+            f"modules_to_save names {modules[0][:200]!r}, of which the file holds nothing: it is incomplete.",
+            code="adapter_half_missing",
+        )
+    if config.get("trainable_token_indices") and not any(name.endswith(TOKENS_SUFFIX) for name in names):
+        raise AdapterMismatch(
+            "the config has trainable_token_indices, but the file no such rows: it is incomplete.",
+            code="adapter_half_missing",
+        )
+
+
+def _is_saved_module(name: str, config: dict[str, Any]) -> bool:
+    return any(_is_within(name, module) for module in _modules(config))
+
+
+def _modules(config: dict[str, Any]) -> list[str]:
+    modules = config.get("modules_to_save") or []
+    if not isinstance(modules, list) or not all(isinstance(module, str) and module for module in modules):
+        raise SourceError(
+            f"modules_to_save is {str(modules)[:80]}, a list of names was expected.", code="adapter_config_invalid"
+        )
+    return modules
+
+
+def _is_within(name: str, module: str) -> bool:
+    """Whether a tensor belongs to a module whose name ends with `module`, which is PEFT's own rule."""
+    return any(path.endswith(module) for path in _paths(name))
+
+
+def _paths(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        yield ".".join(parts[:end])
+
+
+def _indices(module: str, tensor: Tensor, config: dict[str, Any]) -> tuple[int, ...]:
+    given = config.get("trainable_token_indices")
+    if isinstance(given, dict):
+        given = next((rows for key, rows in given.items() if module.endswith(str(key))), None)
+    good = isinstance(given, list) and all(type(row) is int and row >= 0 for row in given)
+    if not isinstance(given, list) or not good or len(set(given)) != len(given) or tensor.shape[:1] != (len(given),):
+        raise AdapterMismatch(
+            f"{tensor.name[:200]!r} has shape {list(tensor.shape)}, trainable_token_indices of the config is "
+            f"{str(given)[:80]}: expected as many different rows.",
+            code="adapter_token_indices_invalid",
+        )
+    return tuple(given)
