@@ -10,11 +10,13 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from socketserver import BaseServer
 from typing import IO
 
 HOST = "127.0.0.1"
@@ -130,6 +132,18 @@ def running(
             yield Running(port, process.pid)
         finally:
             _stop(process)
+
+
+@contextmanager
+def in_thread(server: BaseServer) -> Iterator[None]:
+    """Lets a server of this process answer in a thread; it is shut down at the end, and closed by whoever made it."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
 
 
 def free_port() -> int:

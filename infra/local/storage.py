@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 from requests.structures import CaseInsensitiveDict
 
-from infra.local.servers import HOST, fake_gcs
+from infra.local.servers import HOST, fake_gcs, in_thread
 from infra.local.uploads import Answer, Session, Upload, multipart_fault, refusal
 
 _HOP_BY_HOP = frozenset({"connection", "content-length", "date", "keep-alive", "transfer-encoding"})
@@ -229,13 +229,8 @@ def storage_proxy(directory: Path | None) -> Iterator[StorageProxy]:
     """
     with StorageProxy() as proxy, fake_gcs(directory, public_url=proxy.url) as upstream:
         proxy.upstream = urlsplit(upstream).netloc
-        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        try:
+        with in_thread(proxy):
             yield proxy
-        finally:
-            proxy.shutdown()
-            thread.join()
 
 
 @contextmanager

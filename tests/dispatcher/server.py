@@ -1,6 +1,5 @@
 """The dispatcher behind real HTTP: functions-framework's app on a free port of this machine."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +8,7 @@ import httpx
 from dispatcher import bootstrap
 from dispatcher.serve import local_app, open_server
 from dispatcher.settings import Settings
+from infra.local.servers import HOST, in_thread
 from tests.dispatcher.world import World
 
 
@@ -32,13 +32,10 @@ def served(world: World, *, user: str | None = "ann", environ: dict[str, str] | 
     settings = Settings.from_env(environ or {"GEMMA_EXPORT_HOME": str(world.home)})
     bootstrap.install(stack_of(world, settings))
     server = open_server(local_app(user), 0)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
+    url = f"http://{HOST}:{server.server_port}"
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{server.server_port}", timeout=30) as client:
+        with in_thread(server), httpx.Client(base_url=url, timeout=30) as client:
             yield client
     finally:
-        server.shutdown()
-        thread.join()
         server.server_close()
         bootstrap.install(None)

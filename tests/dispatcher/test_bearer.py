@@ -6,7 +6,6 @@ import hmac
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
@@ -24,6 +23,7 @@ from dispatcher.bearer import FORWARDED_HEADER, BearerCheck
 from dispatcher.errors import Misconfigured, Unauthenticated, Unavailable
 from dispatcher.identity import USERINFO_HEADER
 from dispatcher.settings import JwtCheck
+from infra.local.servers import HOST, in_thread
 from tests.dispatcher.server import served
 from tests.dispatcher.world import World
 
@@ -63,14 +63,9 @@ def issuer() -> Iterator[Issuer]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    issuer.url = f"http://127.0.0.1:{server.server_port}/jwks.json"
-    yield issuer
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with ThreadingHTTPServer((HOST, 0), Handler) as server, in_thread(server):
+        issuer.url = f"http://{HOST}:{server.server_port}/jwks.json"
+        yield issuer
 
 
 @pytest.fixture

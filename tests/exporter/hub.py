@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from infra.local.servers import HOST, in_thread
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_goodTokenOfAnn"
@@ -88,13 +89,6 @@ def hub_serving(directory: Path) -> Iterator[Hub]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with ThreadingHTTPServer((HOST, 0), Handler) as server, in_thread(server):
+        hub.url = f"http://{HOST}:{server.server_port}"
         yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -6,7 +6,6 @@
 
 import base64
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -19,6 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from cryptography.hazmat.primitives.hashes import SHA256
 from google.auth.transport import Response
 from google.auth.transport.requests import Request
+
+from infra.local.servers import in_thread
 
 MACHINE_ACCOUNT = "machine@project.iam.gserviceaccount.com"
 TOKEN = "access-token"  # made up
@@ -80,14 +81,8 @@ class Routed(Request):
 @contextmanager
 def iam() -> Iterator[Iam]:
     """The double, for as long as the `with` statement."""
-    with Iam() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    with Iam() as server, in_thread(server):
+        yield server
 
 
 class _Handler(BaseHTTPRequestHandler):

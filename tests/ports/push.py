@@ -2,13 +2,13 @@
 
 import base64
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from dispatcher.errors import ExportError
 from dispatcher.jobqueue import Handler
+from infra.local.servers import HOST, in_thread
 
 
 @contextmanager
@@ -29,11 +29,5 @@ def listening(handler: Handler) -> Iterator[str]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/"
-        finally:
-            server.shutdown()
-            thread.join()
+    with ThreadingHTTPServer((HOST, 0), Endpoint) as server, in_thread(server):
+        yield f"http://{HOST}:{server.server_port}/"
