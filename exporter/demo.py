@@ -43,13 +43,16 @@ class DemoFailed(Exception):
     """The demonstration did not show what it is meant to show; the message says what was seen instead."""
 
 
-def save_tokenizer(directory: Path, corpus: Sequence[str] = CORPUS, vocabulary: int = VOCABULARY) -> Any:
+def save_tokenizer(
+    directory: Path, corpus: Sequence[str] = CORPUS, vocabulary: int = VOCABULARY, symbols: Sequence[str] = ()
+) -> Any:
     """Train a Gemma tokenizer on `corpus` and write it as hub checkpoints have it.
 
     Args:
         directory: Created if missing. Gets `tokenizer.model`, `tokenizer.json`, both configurations and the template.
         corpus: Sentences to learn pieces from.
-        vocabulary: Number of tokens, of which 266 are special tokens and bytes.
+        vocabulary: Number of tokens, of which 266 and the symbols are special tokens and bytes.
+        symbols: Tokens of one piece each besides Gemma's own, from id 10 on.
 
     Returns:
         The tokenizer, loaded from `directory`.
@@ -57,7 +60,7 @@ def save_tokenizer(directory: Path, corpus: Sequence[str] = CORPUS, vocabulary: 
     import transformers
 
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "tokenizer.model").write_bytes(_sentencepiece_model(corpus, vocabulary))
+    (directory / "tokenizer.model").write_bytes(_sentencepiece_model(corpus, vocabulary, symbols))
     config = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, **_TOKENS}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = transformers.GemmaTokenizer.from_pretrained(directory)
@@ -72,7 +75,7 @@ def save_tokenizer(directory: Path, corpus: Sequence[str] = CORPUS, vocabulary: 
     return transformers.AutoTokenizer.from_pretrained(directory)
 
 
-def _sentencepiece_model(corpus: Sequence[str], vocabulary: int) -> bytes:
+def _sentencepiece_model(corpus: Sequence[str], vocabulary: int, symbols: Sequence[str]) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
@@ -98,6 +101,7 @@ def _sentencepiece_model(corpus: Sequence[str], vocabulary: int) -> bytes:
         user_defined_symbols=[
             *("<mask>", "<start_of_turn>", "<end_of_turn>"),
             *("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
+            *symbols,
         ],
     )
     return model.getvalue()

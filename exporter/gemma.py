@@ -1,4 +1,4 @@
-"""Facts of the Gemma families as data: model types, key layouts, side files.
+"""Facts of the Gemma families as data: model types, classes, licences, key layouts, side files.
 
 Checkpoints and adapters name the same module differently, depending on who wrote them: hub checkpoints keep the
 layout of the release, transformers 5 re-saves some families under module names, and an adapter carries the module
@@ -13,11 +13,51 @@ from dispatcher.errors import SourceError
 
 
 @dataclass(frozen=True)
+class License:
+    """Under what a family's weights, and models derived from them, are passed on."""
+
+    tag: str
+    """As the hub's model cards name it"""
+    name: str
+    link: str
+    duties: str
+    """What who passes the model on has to do"""
+
+
+# Section 3.1 of the terms. They are the older families' alone since Gemma 4, as they say in their first lines.
+GEMMA_TERMS = License(
+    tag="gemma",
+    name="Gemma Terms of Use",
+    link="https://ai.google.dev/gemma/terms",
+    duties="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms. "
+    "Whoever passes this model on hands over a copy of these terms and a `Notice` text file with the sentence before "
+    "this one, keeps the notice of modification below, and binds the receiver to the "
+    "[Prohibited Use Policy](https://ai.google.dev/gemma/prohibited_use_policy).",
+)
+# https://ai.google.dev/edge/litert-lm/models/gemma-4
+APACHE_2 = License(
+    tag="apache-2.0",
+    name="Apache License 2.0",
+    link="https://ai.google.dev/gemma/apache_2",
+    duties="Whoever passes this model on hands over a copy of the licence and keeps the notice of modification below.",
+)
+
+
+@dataclass(frozen=True)
 class Family:
     """What is particular to one `model_type` of config.json."""
 
     renames: tuple[tuple[str, str], ...]
     """Regular expressions and replacements, applied in order, from any layout's names to the canonical ones"""
+    architecture: str
+    """The class of a whole checkpoint, with the head it was released with"""
+    text_type: str | None = None
+    """Of a multimodal family: the model_type of its text tower alone"""
+    license: License = GEMMA_TERMS
+    towers_optional: bool = False
+    """Whether a config without `vision_config` means a model without a vision tower; others take a default one"""
+    reads_nested: bool = False
+    """Whether the text-only class loads a text tower by the names it has within the multimodal model"""
 
 
 _LEADING_MODEL = (r"^(?:model\.)+", "")
@@ -38,21 +78,54 @@ _UNIFIED = (
 )
 
 FAMILIES: dict[str, Family] = {
-    "gemma": Family(_PLAIN),
-    "gemma2": Family(_PLAIN),
-    "gemma3_text": Family(_PLAIN),
-    "gemma3": Family(_LLAVA),
-    "gemma3n_text": Family(_FROM_MULTIMODAL),
-    "gemma3n": Family(_PLAIN),
-    "gemma4_text": Family(_PLAIN),
-    "gemma4": Family(_PLAIN),
-    "gemma4_unified_text": Family(_PLAIN),
-    "gemma4_unified": Family(_UNIFIED),
-    "shieldgemma2": Family(_LLAVA),
-    "paligemma": Family(_LLAVA),
+    "gemma": Family(_PLAIN, "GemmaForCausalLM"),
+    "gemma2": Family(_PLAIN, "Gemma2ForCausalLM"),
+    "gemma3_text": Family(_PLAIN, "Gemma3ForCausalLM"),
+    "gemma3": Family(_LLAVA, "Gemma3ForConditionalGeneration", "gemma3_text"),
+    "gemma3n_text": Family(_FROM_MULTIMODAL, "Gemma3nForCausalLM", reads_nested=True),
+    "gemma3n": Family(_PLAIN, "Gemma3nForConditionalGeneration", "gemma3n_text"),
+    "gemma4_text": Family(_PLAIN, "Gemma4ForCausalLM", license=APACHE_2),
+    "gemma4": Family(_PLAIN, "Gemma4ForConditionalGeneration", "gemma4_text", license=APACHE_2, towers_optional=True),
+    "gemma4_unified_text": Family(_PLAIN, "Gemma4UnifiedForCausalLM", license=APACHE_2),
+    "gemma4_unified": Family(
+        _UNIFIED, "Gemma4UnifiedForConditionalGeneration", "gemma4_unified_text", license=APACHE_2, towers_optional=True
+    ),
+    "shieldgemma2": Family(_LLAVA, "ShieldGemma2ForImageClassification", "gemma3_text"),
+    "paligemma": Family(_LLAVA, "PaliGemmaForConditionalGeneration", "gemma"),
 }
-"""A test compares the renames with the installed library's own. Source:
+"""A test compares the renames and classes with the installed library's own. Source:
 https://github.com/huggingface/transformers/blob/main/src/transformers/conversion_mapping.py"""
+
+TEXT_ROOT = "language_model"
+"""How every multimodal class calls its text tower."""
+TEXT_ROOTS = frozenset({"embed_tokens", "layers"})
+"""What a text-only checkpoint has in that place."""
+OTHER_TOWERS = frozenset(
+    {"vision_tower", "multi_modal_projector", "embed_vision", "vision_embedder", "audio_tower", "embed_audio"}
+)
+"""What only a multimodal checkpoint has, in any layout."""
+SCORE_ROOT = "score"
+"""The head of a sequence or token classifier."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a class is loaded and what it is for, as the hub's model cards say it."""
+
+    auto_class: str
+    pipeline_tag: str
+
+
+USES = {
+    "ForCausalLM": Use("AutoModelForCausalLM", "text-generation"),
+    "ForConditionalGeneration": Use("AutoModelForImageTextToText", "image-text-to-text"),
+    # The hub's own tag of google/shieldgemma-2-4b-it, which answers Yes or No to an image and a policy.
+    "ForImageClassification": Use("AutoModelForImageClassification", "image-text-to-text"),
+    "ForSequenceClassification": Use("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": Use("AutoModelForTokenClassification", "token-classification"),
+    "Model": Use("AutoModel", "feature-extraction"),
+}
+"""By the end of a class's name."""
 
 SIDE_FILES = (
     "tokenizer.json",
@@ -71,8 +144,15 @@ SIDE_FILES = (
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 """Either of these is a tokenizer."""
-TOKENIZER_GROUP = frozenset(SIDE_FILES[:7]) - {"tokenizer.model"}
-"""What makes one tokenizer together with its chat template."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_GROUP = frozenset({"tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"})
+"""What makes one tokenizer."""
+TEMPLATE_FILE = "chat_template.jinja"
+LEGACY_TEMPLATE_FILE = "chat_template.json"
+"""The processor's own, up to transformers 4.50; where it is, a processor reads no other."""
+TEMPLATE_FILES = frozenset({TEMPLATE_FILE, LEGACY_TEMPLATE_FILE})
+PROCESSOR_FILES = frozenset({"processor_config.json", "preprocessor_config.json"})
+"""Either of these is a processor."""
 
 
 def family_of(config: dict[str, Any]) -> Family:

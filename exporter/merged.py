@@ -4,7 +4,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from exporter import engines, merge
 from exporter.adapter import Adapter, read_adapter, refuse_not_finite
 from exporter.attempt import Attempt
 from exporter.checkpoint import changed, open_checkpoint
+from exporter.config import fitting_config
 from exporter.gemma import family_of
 from exporter.lease import Hold, Report
 from exporter.manifest import (
@@ -109,7 +110,8 @@ def export_merged(
         attempt = Attempt(store, directory)
         try:
             with adapter_here(store, adapter_uri, adapter_files) as adapter_dir:
-                written = write(attempt, base, adapter_dir, hold.report)
+                fitting = replace(base, config=fitting_config(base.config, open_checkpoint(base.directory).tensors()))
+                written = write(attempt, fitting, adapter_dir, hold.report)
             manifest = manifest_of(
                 identity,
                 adapter_uri=adapter_uri,
@@ -163,7 +165,7 @@ def _stream(attempt: Attempt, base: Base, adapter_dir: Path, report: Report) -> 
     plan = plan_merge(open_checkpoint(base.directory), adapter, family_of(base.config), base.config)
     refuse_not_finite(adapter.file)
     files = _write_shards(attempt, plan, adapter, report)
-    files += write_side_files(attempt, base.directory, adapter_dir, plan)
+    files += write_side_files(attempt, base.directory, adapter_dir, plan, base.config)
     report("verifying", _WRITE_TO)
     verified = verify_merged(attempt.store, attempt.directory, plan, adapter)
     tensors: dict[str, Any] = {"merged": plan.merged, "copied": plan.copied, "bytes": plan.nbytes}
@@ -199,7 +201,7 @@ def _with_peft(attempt: Attempt, base: Base, adapter_dir: Path, report: Report) 
         merged, copied = engines.merge_with_peft(base, adapter_dir, output)
         report("verifying", _WRITE_FROM)
         verified = verify_reference(output, open_checkpoint(base.directory), family_of(base.config))
-        files = write_side_files(attempt, base.directory, adapter_dir, None)
+        files = write_side_files(attempt, base.directory, adapter_dir, None, base.config)
         taken = {file.name for file in files}
         for path in sorted(output.iterdir()):
             if path.is_file() and path.name not in taken:

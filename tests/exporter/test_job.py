@@ -409,15 +409,12 @@ def test_forcing_also_reaches_an_export_that_is_queued_already(place: Place) -> 
 
 
 def test_a_tokenizer_is_taken_whole_from_the_adapter(place: Place) -> None:
-    """The adapter's template lies inside its tokenizer_config.json; a file of the base must not overrule it."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(place.root / "base" / name, place.root / "adapter" / name)
-    (place.root / "base" / "chat_template.jinja").write_text("the base's")
     (place.root / "base" / "added_tokens.json").write_text("{}")
     place.queue()
     place.run()
     merged = path_of(place.record().artifacts[0].uri)
-    assert not (merged / "chat_template.jinja").exists()
     assert not (merged / "added_tokens.json").exists()
     assert (merged / "tokenizer.model").exists()
 

@@ -12,6 +12,7 @@ import transformers
 from tests.gemmas import gemma3n
 from tests.gemmas.families import FAMILIES, build_model
 from tests.gemmas.names import Layout, renamed
+from tests.gemmas.processors import save_processor
 from tests.gemmas.tokenizer import save_tokenizer
 
 SHARED = ("k_proj.weight", "v_proj.weight", "k_norm.weight")
@@ -40,7 +41,7 @@ def save_base(
         layout: The naming scheme of the tensors.
         shard_bytes: With it, an index and files of at most so many bytes each (one tensor at least).
         with_shared_kv: Also write the k and v tensors of layers that share another's, as hub checkpoints do.
-        with_tokenizer: Also write the tokenizer's files.
+        with_tokenizer: Also write the files of the tokenizer, and of the processor where the family has one.
     """
     model = build_model(family, seed=seed, dtype=dtype) if model is None else model
     directory.mkdir(parents=True, exist_ok=True)
@@ -57,12 +58,10 @@ def save_base(
     if model.can_generate():
         model.generation_config.save_pretrained(directory)
     _save_tensors(tensors, directory, shard_bytes)
-    if with_tokenizer:
+    if with_tokenizer and FAMILIES[family].multimodal:
+        save_processor(family, directory)
+    elif with_tokenizer:
         save_tokenizer(directory)
-    if FAMILIES[family].multimodal:
-        (directory / "preprocessor_config.json").write_text(
-            json.dumps({"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 8, "width": 8}})
-        )
     return model
 
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from tests.gemmas.names import Layout
-from tests.gemmas.tokenizer import IMAGE_TOKEN_ID, VOCABULARY
+from tests.gemmas.tokenizer import IMAGE_TOKEN_ID, PALIGEMMA_IMAGE_TOKEN_ID, VOCABULARY
 
 SPECIAL = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 TEXT = {
@@ -57,6 +57,7 @@ GEMMA4_VISION = {
     "head_dim": 8,
     "global_head_dim": 8,
     "patch_size": 4,
+    "pooling_kernel_size": 2,
     "position_embedding_size": 16,
 }
 GEMMA4_AUDIO = {
@@ -70,7 +71,7 @@ UNIFIED_VISION = {
     "patch_size": 4,
     "pooling_kernel_size": 2,
     "mm_embed_dim": 12,
-    "mm_posemb_size": 4,
+    "mm_posemb_size": 18,
     "output_proj_dims": 12,
 }
 
@@ -125,7 +126,7 @@ def _paligemma() -> Any:
             text_config={**TEXT, "model_type": "gemma"},
             vision_config={**SIGLIP, "projection_dim": 16},
             projection_dim=16,
-            image_token_index=IMAGE_TOKEN_ID,
+            image_token_index=PALIGEMMA_IMAGE_TOKEN_ID,
             **SPECIAL,
         )
     )
@@ -151,7 +152,12 @@ def _gemma4_moe() -> Any:
 
 def _gemma4() -> Any:
     return transformers.Gemma4ForConditionalGeneration(
-        transformers.Gemma4Config(text_config=GEMMA4_TEXT, vision_config=GEMMA4_VISION, audio_config=GEMMA4_AUDIO)
+        transformers.Gemma4Config(
+            text_config=GEMMA4_TEXT,
+            vision_config=GEMMA4_VISION,
+            audio_config=GEMMA4_AUDIO,
+            image_token_id=IMAGE_TOKEN_ID,
+        )
     )
 
 
@@ -161,6 +167,7 @@ def _gemma4_unified() -> Any:
             text_config={**GEMMA4_TEXT, "hidden_size_per_layer_input": 0},
             vision_config=UNIFIED_VISION,
             audio_config={"audio_embed_dim": 8},
+            image_token_id=IMAGE_TOKEN_ID,
         )
     )
 

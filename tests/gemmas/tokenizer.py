@@ -8,6 +8,9 @@ from exporter import demo
 
 VOCABULARY = 320
 IMAGE_TOKEN_ID = 9
+SYMBOLS = ("<start_of_audio>", "<end_of_audio>", "<audio_soft_token>", "<|video|>", "<image>")
+"""What multimodal families have besides; the last is PaliGemma's image token."""
+PALIGEMMA_IMAGE_TOKEN_ID = IMAGE_TOKEN_ID + len(SYMBOLS)
 SENTENCES = (
     "the quick brown fox jumps over the lazy dog",
     "small models are easy to carry around",
@@ -26,5 +29,5 @@ def save_tokenizer(directory: Path) -> None:
 @cache
 def _files() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as directory:
-        demo.save_tokenizer(Path(directory), SENTENCES, VOCABULARY)
+        demo.save_tokenizer(Path(directory), SENTENCES, VOCABULARY, SYMBOLS)
         return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
