@@ -28,6 +28,7 @@ from exporter.manifest import (
     read_manifest,
     still_holds,
 )
+from exporter.model_card import CARD_NAME, CardFacts, model_card
 from exporter.plan import OutputFile, Plan, plan_merge
 from exporter.sidefiles import publish_copy, write_side_files
 from exporter.sources import Base, TokenSource, adapter_here, is_current, open_base
@@ -112,10 +113,11 @@ def export_merged(
             with adapter_here(store, adapter_uri, adapter_files) as adapter_dir:
                 fitting = replace(base, config=fitting_config(base.config, open_checkpoint(base.directory).tensors()))
                 written = write(attempt, fitting, adapter_dir, hold.report)
+            card = _publish_card(attempt, identity, fitting, written)
             manifest = manifest_of(
                 identity,
                 adapter_uri=adapter_uri,
-                files=written.files,
+                files=[*written.files, card],
                 tensors=written.tensors,
                 verified=written.verified,
             )
@@ -202,12 +204,29 @@ def _with_peft(attempt: Attempt, base: Base, adapter_dir: Path, report: Report) 
         report("verifying", _WRITE_FROM)
         verified = verify_reference(output, open_checkpoint(base.directory), family_of(base.config))
         files = write_side_files(attempt, base.directory, adapter_dir, None, base.config)
-        taken = {file.name for file in files}
+        taken = {CARD_NAME, *(file.name for file in files)}
         for path in sorted(output.iterdir()):
             if path.is_file() and path.name not in taken:
                 report("publishing", _WRITE_TO)
                 files.append(publish_copy(attempt, path.name, path))
     return _Written(files, {"merged": merged, "copied": copied}, verified)
+
+
+def _publish_card(attempt: Attempt, identity: Identity, base: Base, written: _Written) -> StoredFile:
+    facts = CardFacts(
+        base_id=identity.base_id,
+        base_revision=identity.base_revision,
+        adapter_fingerprint=identity.adapter_fingerprint,
+        engine=identity.engine,
+        engine_version=identity.engine_version,
+        model_type=base.config["model_type"],
+        architecture=base.config["architectures"][0],
+        tensors=written.tensors,
+        verified=written.verified,
+        files=frozenset(file.name for file in written.files),
+    )
+    card = model_card(facts).encode()
+    return attempt.publish(CARD_NAME, lambda writer: writer.write(card), size=len(card))
 
 
 def _directory(job_id: str, identity: Identity) -> str:

@@ -1,0 +1,254 @@
+"""The model card, `README.md` of a merged artifact: what it was made from, what was verified, how to load it.
+
+A pure function of facts that the manifest also has, without a date, so that the same export has the same bytes. The
+front matter is what the hub reads. Source: https://huggingface.co/docs/hub/model-cards#model-card-metadata
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from exporter.config import use_of
+from exporter.gemma import FAMILIES, LEGACY_TEMPLATE_FILE, PROCESSOR_FILES, TEMPLATE_FILE, License
+
+CARD_NAME = "README.md"
+PATH = "path/to/this/directory"
+"""What stands in the snippets for where the model lies."""
+IMAGE = "path/to/image.png"
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+DIRECTORY = "directory:"
+"""How the revision of a base begins that is not on the hub; a relative path may look like an id."""
+MAX_TEXT = 200
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card is made of."""
+
+    base_id: str
+    """A hub id; or a directory, of which only the last part is told"""
+    base_revision: str
+    adapter_fingerprint: str
+    engine: str
+    engine_version: str
+    model_type: str
+    """Of the merged model's config.json; a key of `FAMILIES`"""
+    architecture: str
+    """Of the merged model's config.json"""
+    tensors: Mapping[str, Any]
+    verified: Mapping[str, Any]
+    files: frozenset[str]
+    """The names of all other files of the artifact"""
+
+
+def model_card(facts: CardFacts) -> str:
+    """The text of `README.md`; whatever comes from outside is cleaned so that it can break neither YAML nor Markdown.
+
+    Raises:
+        KeyError: `model_type` is not in `FAMILIES`.
+    """
+    licence = FAMILIES[facts.model_type].license
+    parts = [
+        _front_matter(facts, licence),
+        f"# {_name(facts)}",
+        "A Gemma model and a LoRA adapter merged into one model. It needs neither of the two, nor PEFT, to run.",
+        _provenance(facts),
+        "## Tensors",
+        _table(facts.tensors),
+        "## Verified",
+        "Before it was published, on the written files:",
+        _table(facts.verified),
+        "`export.json` beside this file lists every file with its size and checksum.",
+        *_usage(facts),
+        "## Licence",
+        f"[{licence.name}]({licence.link}). {licence.duties}",
+        "Notice of modification: the weights were changed from the base's by merging a fine-tuned adapter into them.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(facts: CardFacts, licence: License) -> str:
+    lines = ["---", "library_name: transformers", f"license: {licence.tag}"]
+    if licence.tag != "gemma":
+        lines.append(f"license_link: {licence.link}")
+    if _is_on_hub(facts):
+        # Quoted: an id may read as a number or as `no`.
+        lines += [f"base_model: {json.dumps(facts.base_id)}", "base_model_relation: finetune"]
+    lines.append(f"pipeline_tag: {use_of(facts.architecture).pipeline_tag}")
+    lines += ["tags:", "- gemma", f"- {facts.model_type}", "- lora", "- merged", "- gemma-export", "---"]
+    return "\n".join(lines)
+
+
+def _provenance(facts: CardFacts) -> str:
+    base = facts.base_id if _is_on_hub(facts) else f"{_last_part(facts.base_id)} (a directory)"
+    return _table(
+        {
+            "base model": base,
+            "revision": facts.base_revision,
+            "adapter fingerprint": facts.adapter_fingerprint,
+            "engine": f"{facts.engine} {facts.engine_version}",
+            "class": facts.architecture,
+        }
+    )
+
+
+def _is_on_hub(facts: CardFacts) -> bool:
+    return HUB_ID.fullmatch(facts.base_id) is not None and not facts.base_revision.startswith(DIRECTORY)
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    """Two columns; a mapping within becomes rows of its own."""
+    lines = ["| | |", "|---|---|"]
+    for key, value in rows.items():
+        if isinstance(value, Mapping):
+            lines += [f"| {_words(f'{key} {inner}')} | {_code(each)} |" for inner, each in value.items()]
+        else:
+            lines.append(f"| {_words(key)} | {_code(value)} |")
+    return "\n".join(lines)
+
+
+def _words(key: str) -> str:
+    return re.sub(r"[^A-Za-z0-9 ]+", " ", key).strip()[:MAX_TEXT] or "?"
+
+
+def _code(value: object) -> str:
+    """Any value as a code span, in which nothing is Markdown, and nothing ends it or the table's cell."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    clean = "".join(c if c.isascii() and c.isprintable() and c not in "`|\\" else "?" for c in text)
+    return f"`{clean[:MAX_TEXT].strip() or '?'}`"
+
+
+def _last_part(uri: str) -> str:
+    """The name of a directory without where it lies, which is nobody else's business."""
+    parts = [part for part in re.split(r"[/\\]", uri) if part]
+    return parts[-1] if parts else "base"
+
+
+def _name(facts: CardFacts) -> str:
+    """A name for the model, safe as a heading and as a shell word."""
+    stem = re.sub(r"[^A-Za-z0-9.-]+", "-", _last_part(facts.base_id)).strip("-.")[:80]
+    return f"{stem or 'gemma'}-merged"
+
+
+def _usage(facts: CardFacts) -> list[str]:
+    use = use_of(facts.architecture)
+    has_template = TEMPLATE_FILE in facts.files
+    parts = ["## With transformers"]
+    if use.pipeline_tag == "text-generation" or (use.pipeline_tag == "image-text-to-text" and has_template):
+        if not facts.architecture.endswith("ForImageClassification"):
+            parts.append(_python(_TEXT_CHAT if has_template else _TEXT, use.auto_class))
+    elif use.pipeline_tag != "image-text-to-text":
+        parts.append(_python(_ENCODE, use.auto_class))
+    if use.pipeline_tag == "image-text-to-text" and PROCESSOR_FILES & facts.files:
+        parts += ["With an image (needs `pillow` and `torchvision`):", _python(_image(facts), use.auto_class)]
+    if facts.model_type == "gemma3n":
+        parts.append("Its vision tower is one of `timm`'s, which has to be installed.")
+    return [*parts, "## With vLLM", _vllm(facts)]
+
+
+def _image(facts: CardFacts) -> str:
+    if facts.architecture.endswith("ForImageClassification"):
+        return _CLASSIFY_IMAGE
+    return _IMAGE_CHAT if {TEMPLATE_FILE, LEGACY_TEMPLATE_FILE} & facts.files else _IMAGE
+
+
+def _python(code: str, auto_class: str) -> str:
+    return f"```python\n{code.format(auto_class=auto_class, path=PATH, image=IMAGE).strip()}\n```"
+
+
+def _vllm(facts: CardFacts) -> str:
+    name = _name(facts)
+    lines = ["```sh", f"vllm serve {PATH} --served-model-name {name}"]
+    tag = use_of(facts.architecture).pipeline_tag
+    if tag in ("text-generation", "image-text-to-text"):
+        chat = TEMPLATE_FILE in facts.files
+        asked = {"messages": [{"role": "user", "content": "Hello!"}]} if chat else {"prompt": "Hello"}
+        where = "chat/completions" if chat else "completions"
+        body = json.dumps({"model": name, **asked})
+        lines += [
+            f"curl http://localhost:8000/v1/{where} -H 'Content-Type: application/json' \\",
+            f"     -d '{body}'",
+        ]
+    return "\n".join([*lines, "```"])
+
+
+_TEXT_CHAT = """
+from transformers import {auto_class}, AutoTokenizer
+
+path = "{path}"
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = {auto_class}.from_pretrained(path, dtype="auto")
+
+messages = [{{"role": "user", "content": "Hello!"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+output = model.generate(**inputs.to(model.device), max_new_tokens=64)
+answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+print(answer)
+"""
+_TEXT = """
+from transformers import {auto_class}, AutoTokenizer
+
+path = "{path}"
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = {auto_class}.from_pretrained(path, dtype="auto")
+
+inputs = tokenizer("Hello", return_tensors="pt")
+output = model.generate(**inputs.to(model.device), max_new_tokens=64)
+answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+print(answer)
+"""
+_ENCODE = """
+from transformers import {auto_class}, AutoTokenizer
+
+path = "{path}"
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = {auto_class}.from_pretrained(path, dtype="auto")
+
+output = model(**tokenizer("Hello", return_tensors="pt").to(model.device))
+print(output)
+"""
+_IMAGE_CHAT = """
+from PIL import Image
+from transformers import {auto_class}, AutoProcessor
+
+path = "{path}"
+processor = AutoProcessor.from_pretrained(path)
+model = {auto_class}.from_pretrained(path, dtype="auto")
+
+image = {{"type": "image", "image": Image.open("{image}")}}
+messages = [{{"role": "user", "content": [image, {{"type": "text", "text": "What is this?"}}]}}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+output = model.generate(**inputs.to(model.device, dtype=model.dtype), max_new_tokens=64)
+answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+print(answer)
+"""
+_IMAGE = """
+from PIL import Image
+from transformers import {auto_class}, AutoProcessor
+
+path = "{path}"
+processor = AutoProcessor.from_pretrained(path)
+model = {auto_class}.from_pretrained(path, dtype="auto")
+
+image = Image.open("{image}")
+inputs = processor(images=image, text="<image>caption en", return_tensors="pt")
+output = model.generate(**inputs.to(model.device, dtype=model.dtype), max_new_tokens=64)
+answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+print(answer)
+"""
+_CLASSIFY_IMAGE = """
+from PIL import Image
+from transformers import {auto_class}, AutoProcessor
+
+path = "{path}"
+processor = AutoProcessor.from_pretrained(path)
+model = {auto_class}.from_pretrained(path, dtype="auto")
+
+inputs = processor(images=[Image.open("{image}")], return_tensors="pt")
+answer = model(**inputs.to(model.device, dtype=model.dtype)).probabilities
+print(answer)  # of each policy: does the image violate it, yes or no
+"""
