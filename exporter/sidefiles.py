@@ -1,15 +1,16 @@
 """The files beside the weights: config, tokenizer, chat template, processor, generation config."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dispatcher.artifacts import ArtifactWriter, StoredFile
 from dispatcher.errors import SourceError
 from exporter.attempt import Attempt
 from exporter.checkpoint import INDEX_NAME
 from exporter.gemma import SIDE_FILES, TOKENIZER_FILES, TOKENIZER_GROUP
-from exporter.plan import Plan
-from exporter.sources import TEMPLATE_FOLDER
+from exporter.sources import TEMPLATE_FOLDER, Base
 
 MAX_SIDE_FILE_BYTES = 200_000_000
 BLOCK_BYTES = 1024 * 1024
@@ -39,22 +40,34 @@ def _templates(directory: Path) -> Iterator[str]:
         yield f"{TEMPLATE_FOLDER}/{path.name}"
 
 
-def write_side_files(attempt: Attempt, base: Path, adapter: Path, plan: Plan | None) -> list[StoredFile]:
-    """Write config, index and side files into an artifact's directory.
+def write_model_files(attempt: Attempt, base: Base, config: dict[str, Any], index: bytes | None) -> list[StoredFile]:
+    """Write config.json and the index of the weights.
+
+    Args:
+        attempt: Where to.
+        base: The base model; its config.json is copied byte for byte if the output's is the same.
+        config: The output's.
+        index: The bytes of the index, if there are several files of weights.
+    """
+    if config == base.config:
+        stored = [publish_copy(attempt, "config.json", base.directory / "config.json")]
+    else:
+        content = json.dumps(config, indent=2).encode() + b"\n"
+        stored = [attempt.publish("config.json", lambda writer: writer.write(content))]
+    if index is not None:
+        stored.append(attempt.publish(INDEX_NAME, lambda writer: writer.write(index)))
+    return stored
+
+
+def write_side_files(attempt: Attempt, base: Path, adapter: Path) -> list[StoredFile]:
+    """Write tokenizer, chat template, processor and generation config into an artifact's directory.
 
     Args:
         attempt: Where to.
         base: The base model's directory.
         adapter: The adapter's directory.
-        plan: The streaming engine's plan, whose output needs the base's config and index; None when an engine
-            wrote its own.
     """
     stored = []
-    if plan is not None:
-        stored.append(publish_copy(attempt, "config.json", base / "config.json"))
-        if plan.index is not None:
-            index = plan.index
-            stored.append(attempt.publish(INDEX_NAME, lambda writer: writer.write(index)))
     for name, source in side_files(base, adapter).items():
         if source.stat().st_size > MAX_SIDE_FILE_BYTES:
             raise SourceError(f"{name} is larger than {MAX_SIDE_FILE_BYTES} bytes.", code="side_file_too_large")
