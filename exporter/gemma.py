@@ -155,6 +155,26 @@ PROCESSOR_FILES = frozenset({"processor_config.json", "preprocessor_config.json"
 """Either of these is a processor."""
 
 
+EMBEDDINGS = ("embed_tokens.weight", "language_model.embed_tokens.weight")
+"""The canonical name of the embedding that every Gemma ties its output head to unless its config says otherwise."""
+HEAD = "lm_head.weight"
+"""The canonical name of the output head."""
+
+EXPERTS_MODULE = "experts"
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+"""The stacks of experts of a mixture-of-experts layer, in the order in which the module defines them.
+Source: `transformers.models.gemma4.modeling_gemma4.Gemma4TextExperts`."""
+
+
+def head_name(embedding: str) -> str:
+    """What a checkpoint calls its output head, given how it calls its embedding.
+
+    The layouts that nest a whole causal model under `language_model` have the head in there.
+    """
+    prefix, nested, _ = embedding.rpartition("language_model.model.")
+    return f"{prefix}language_model.{HEAD}" if nested else HEAD
+
+
 def family_of(config: dict[str, Any]) -> Family:
     """The family that a config.json declares.
 
@@ -176,6 +196,18 @@ def family_of(config: dict[str, Any]) -> Family:
             code="base_quantized",
         )
     return FAMILIES[model_type]
+
+
+TOWERS = {
+    "vision": ("vision_tower.", "vision_model.", "multi_modal_projector.", "embed_vision."),
+    "audio": ("audio_tower.", "embed_audio."),
+}
+"""The canonical beginnings of what belongs to a tower; all else is language."""
+
+
+def tower_of(name: str) -> str:
+    """`language`, `vision` or `audio`, by a tensor's canonical name."""
+    return next((tower for tower, beginnings in TOWERS.items() if name.startswith(beginnings)), "language")
 
 
 def canonical_name(name: str, family: Family) -> str:

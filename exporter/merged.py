@@ -15,11 +15,13 @@ from dispatcher.contract import Artifact, ExportRecord, ExportType, TrainingJob,
 from dispatcher.errors import ArtifactConflict, ExportError, NotAvailable, SourceError, VerificationFailed
 from exporter import engines, merge
 from exporter.adapter import Adapter, read_adapter, refuse_not_finite
+from exporter.architecture import fitting_config
 from exporter.attempt import Attempt
 from exporter.checkpoint import changed, open_checkpoint
-from exporter.config import fitting_config
 from exporter.gemma import family_of
 from exporter.lease import Hold, Report
+from exporter.ledger import LEDGER_NAME, encoded, ledger_of, refuse_unchanged
+from exporter.lora import Delta
 from exporter.manifest import (
     MANIFEST_NAME,
     Identity,
@@ -29,10 +31,12 @@ from exporter.manifest import (
     still_holds,
 )
 from exporter.model_card import CARD_NAME, CardFacts, model_card
+from exporter.model_config import merged_config
 from exporter.plan import OutputFile, Plan, plan_merge
-from exporter.sidefiles import publish_copy, write_side_files
+from exporter.sidefiles import publish_copy, side_files, write_model_files, write_side_files
 from exporter.sources import Base, TokenSource, adapter_here, is_current, open_base
 from exporter.verify import vanished, verify_merged, verify_reference
+from exporter.vocabulary import refuse_vocabulary_that_differs
 
 log = logging.getLogger(__name__)
 ROOT = "merged_models"
@@ -164,23 +168,34 @@ def _engine(name: str) -> tuple[_Engine, str, str]:
 
 def _stream(attempt: Attempt, base: Base, adapter_dir: Path, report: Report) -> _Written:
     adapter = read_adapter(adapter_dir)
-    plan = plan_merge(open_checkpoint(base.directory), adapter, family_of(base.config), base.config)
+    family = family_of(base.config)
+    plan = plan_merge(open_checkpoint(base.directory), adapter, family, base.config)
+    config = merged_config(base.config, plan)
+    refuse_vocabulary_that_differs(plan.vocabulary, config, side_files(base.directory, adapter_dir))
     refuse_not_finite(adapter.file)
-    files = _write_shards(attempt, plan, adapter, report)
-    files += write_side_files(attempt, base.directory, adapter_dir, plan, base.config)
+    files, deltas = _write_shards(attempt, plan, adapter, report)
     report("verifying", _WRITE_TO)
-    verified = verify_merged(attempt.store, attempt.directory, plan, adapter)
-    tensors: dict[str, Any] = {"merged": plan.merged, "copied": plan.copied, "bytes": plan.nbytes}
-    if plan.replaced:
-        tensors["replaced"] = plan.replaced
+    refuse_unchanged(deltas)
+    verified = verify_merged(attempt.store, attempt.directory, plan, adapter, files)
+    files += write_side_files(attempt, base.directory, adapter_dir)
+    files += write_model_files(attempt, base, config, plan.index)
+    ledger = ledger_of(plan, adapter, family, deltas)
+    files.append(attempt.publish(LEDGER_NAME, lambda writer: writer.write(encoded(ledger))))
+    tensors: dict[str, Any] = {operation: plan.count(operation) for operation in Plan.operations}
+    tensors |= {"bytes": plan.nbytes, "towers": ledger["towers"]}
     if plan.tower:
         tensors["mapped_to_tower"] = plan.tower
+    if plan.untied:
+        tensors["untied"] = True
     return _Written(files, tensors, verified)
 
 
-def _write_shards(attempt: Attempt, plan: Plan, adapter: Adapter, report: Report) -> list[StoredFile]:
+def _write_shards(
+    attempt: Attempt, plan: Plan, adapter: Adapter, report: Report
+) -> tuple[list[StoredFile], dict[str, Delta]]:
     torch.set_num_threads(1)  # the workers are the threads
     done, stored = 0, []
+    deltas: dict[str, Delta] = {}
 
     def on_bytes(count: int) -> None:
         nonlocal done
@@ -190,10 +205,10 @@ def _write_shards(attempt: Attempt, plan: Plan, adapter: Adapter, report: Report
     for planned in plan.files:
 
         def fill(writer: ArtifactWriter, planned: OutputFile = planned) -> None:
-            merge.write_merged(planned, adapter, writer, on_bytes)
+            deltas.update(merge.write_merged(planned, adapter, writer, on_bytes))
 
         stored.append(attempt.publish(planned.name, fill, size=planned.size))
-    return stored
+    return stored, deltas
 
 
 def _with_peft(attempt: Attempt, base: Base, adapter_dir: Path, report: Report) -> _Written:
@@ -203,7 +218,7 @@ def _with_peft(attempt: Attempt, base: Base, adapter_dir: Path, report: Report) 
         merged, copied = engines.merge_with_peft(base, adapter_dir, output)
         report("verifying", _WRITE_FROM)
         verified = verify_reference(output, open_checkpoint(base.directory), family_of(base.config))
-        files = write_side_files(attempt, base.directory, adapter_dir, None, base.config)
+        files = write_side_files(attempt, base.directory, adapter_dir)
         taken = {CARD_NAME, *(file.name for file in files)}
         for path in sorted(output.iterdir()):
             if path.is_file() and path.name not in taken:

@@ -6,11 +6,11 @@ front matter is what the hub reads. Source: https://huggingface.co/docs/hub/mode
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from exporter.config import use_of
+from exporter.architecture import use_of
 from exporter.gemma import FAMILIES, LEGACY_TEMPLATE_FILE, PROCESSOR_FILES, TEMPLATE_FILE, License
 
 CARD_NAME = "README.md"
@@ -100,13 +100,16 @@ def _is_on_hub(facts: CardFacts) -> bool:
 
 def _table(rows: Mapping[str, Any]) -> str:
     """Two columns; a mapping within becomes rows of its own."""
-    lines = ["| | |", "|---|---|"]
+    lines = [f"| {_words(' '.join(path))} | {_code(value)} |" for path, value in _leaves(rows)]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _leaves(rows: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
     for key, value in rows.items():
         if isinstance(value, Mapping):
-            lines += [f"| {_words(f'{key} {inner}')} | {_code(each)} |" for inner, each in value.items()]
+            yield from _leaves(value, (*path, key))
         else:
-            lines.append(f"| {_words(key)} | {_code(value)} |")
-    return "\n".join(lines)
+            yield (*path, key), value
 
 
 def _words(key: str) -> str:

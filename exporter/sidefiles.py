@@ -1,6 +1,6 @@
 """The files beside the weights: config, tokenizer, chat template, processor, generation config."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,6 @@ from dispatcher.artifacts import ArtifactWriter, StoredFile
 from dispatcher.errors import SourceError
 from exporter.attempt import Attempt
 from exporter.checkpoint import INDEX_NAME
-from exporter.config import config_bytes
 from exporter.documents import read_json_object
 from exporter.gemma import (
     LEGACY_TEMPLATE_FILE,
@@ -19,51 +18,59 @@ from exporter.gemma import (
     TOKENIZER_FILES,
     TOKENIZER_GROUP,
 )
-from exporter.plan import Plan
-from exporter.sources import TEMPLATE_FOLDER
+from exporter.model_config import config_bytes
+from exporter.sources import TEMPLATE_FOLDER, Base
 
 CONFIG_NAME = "config.json"
 MAX_SIDE_FILE_BYTES = 200_000_000
 BLOCK_BYTES = 1024 * 1024
 
 
-def side_files(base: Path, adapter: Path) -> dict[str, Path | bytes]:
-    """Each side file by its name: where it comes from, the adapter where it has one, else the base; or its content.
+def side_files(base: Path, adapter: Path) -> dict[str, Path]:
+    """Where each side file comes from: the adapter's own where it has one, else the base's.
 
     A tokenizer's files belong together: where the adapter has a tokenizer, all of them come from the adapter. Only
-    `tokenizer.model`, which transformers 5 does not save, comes from the base then. So do a chat template's, wherever
-    it is kept; and one that is only inside `tokenizer_config.json` also gets a file of its own, because a processor
-    looks nowhere else, and because that may be the file of the other of the two.
+    `tokenizer.model`, which transformers 5 does not save, comes from the base then. A chat template's belong together
+    as well, in whichever form the adapter has one.
 
     Raises:
         SourceError: `side_file_invalid`: a tokenizer_config.json that is none.
     """
     has_tokenizer = any((adapter / name).is_file() for name in TOKENIZER_FILES)
-    found: dict[str, Path | bytes] = {}
+    found = {}
     for name in SIDE_FILES:
         whole = has_tokenizer and name in TOKENIZER_GROUP
         places = (adapter,) if whole else (adapter, base)
         source = next((directory / name for directory in places if (directory / name).is_file()), None)
         if source is not None and name not in TEMPLATE_FILES:
             found[name] = source
-    for directory in (adapter, base):
-        if templates := dict(_templates(directory)):
-            return found | templates
-    return found
+    source = _source_of_template(base, adapter)
+    return found if source is None else found | _template_files(source)
 
 
-def _templates(directory: Path) -> Iterator[tuple[str, Path | bytes]]:
-    """Every file of the chat template that a directory has, in whichever form."""
-    for name in (TEMPLATE_FILE, LEGACY_TEMPLATE_FILE):
-        if (directory / name).is_file():
-            yield name, directory / name
-    if not (directory / TEMPLATE_FILE).is_file() and (template := _inner_template(directory)):
-        yield TEMPLATE_FILE, template
-    for path in sorted((directory / TEMPLATE_FOLDER).glob("*.jinja")):
-        yield f"{TEMPLATE_FOLDER}/{path.name}", path
+def inner_template(base: Path, adapter: Path) -> bytes | None:
+    """The chat template where it is only inside a `tokenizer_config.json`: it gets a file of its own.
+
+    A processor looks nowhere else; and it may be the config of the other of the two that becomes the output's.
+
+    Raises:
+        SourceError: As `side_files`.
+    """
+    source = _source_of_template(base, adapter)
+    return None if source is None or (source / TEMPLATE_FILE).is_file() else _inside_tokenizer_config(source)
 
 
-def _inner_template(directory: Path) -> bytes | None:
+def _source_of_template(base: Path, adapter: Path) -> Path | None:
+    return next((place for place in (adapter, base) if _template_files(place) or _inside_tokenizer_config(place)), None)
+
+
+def _template_files(directory: Path) -> dict[str, Path]:
+    files = {name: directory / name for name in (TEMPLATE_FILE, LEGACY_TEMPLATE_FILE) if (directory / name).is_file()}
+    further = sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))
+    return files | {f"{TEMPLATE_FOLDER}/{path.name}": path for path in further}
+
+
+def _inside_tokenizer_config(directory: Path) -> bytes | None:
     """The template that transformers 4 keeps in the tokenizer's config; of several, the default one."""
     path = directory / TOKENIZER_CONFIG
     if not path.is_file():
@@ -81,34 +88,40 @@ def _inner_template(directory: Path) -> bytes | None:
         ) from error
 
 
-def write_side_files(
-    attempt: Attempt, base: Path, adapter: Path, plan: Plan | None, config: Mapping[str, Any]
-) -> list[StoredFile]:
-    """Write config, index and side files into an artifact's directory.
+def write_model_files(attempt: Attempt, base: Base, config: Mapping[str, Any], index: bytes | None) -> list[StoredFile]:
+    """Write config.json and the index of the weights.
+
+    Args:
+        attempt: Where to.
+        base: The base model; its config.json is copied byte for byte if it says what the output's is to say.
+        config: The output's.
+        index: The bytes of the index, if there are several files of weights.
+    """
+    original = (base.directory / CONFIG_NAME).read_bytes()
+    stored = [_publish_bytes(attempt, CONFIG_NAME, config_bytes(original, config))]
+    if index is not None:
+        stored.append(_publish_bytes(attempt, INDEX_NAME, index))
+    return stored
+
+
+def write_side_files(attempt: Attempt, base: Path, adapter: Path) -> list[StoredFile]:
+    """Write tokenizer, chat template, processor and generation config into an artifact's directory.
 
     Args:
         attempt: Where to.
         base: The base model's directory.
         adapter: The adapter's directory.
-        plan: The streaming engine's plan, whose output needs a config and the base's index; None when an engine
-            wrote its own.
-        config: What config.json is to say; the base's file is copied as it is where it says just that.
 
     Raises:
         SourceError: `side_file_too_large`, or as `side_files`.
     """
     stored = []
-    if plan is not None:
-        stored.append(_publish_bytes(attempt, CONFIG_NAME, config_bytes((base / CONFIG_NAME).read_bytes(), config)))
-        if plan.index is not None:
-            stored.append(_publish_bytes(attempt, INDEX_NAME, plan.index))
     for name, source in side_files(base, adapter).items():
-        if isinstance(source, bytes):
-            stored.append(_publish_bytes(attempt, name, source))
-            continue
         if source.stat().st_size > MAX_SIDE_FILE_BYTES:
             raise SourceError(f"{name} is larger than {MAX_SIDE_FILE_BYTES} bytes.", code="side_file_too_large")
         stored.append(publish_copy(attempt, name, source))
+    if (template := inner_template(base, adapter)) is not None:
+        stored.append(_publish_bytes(attempt, TEMPLATE_FILE, template))
     return stored
 
 

@@ -17,10 +17,11 @@ from typing import Any
 from dispatcher.artifacts import ArtifactStore, StoredFile, file_uri, path_of
 from dispatcher.crc32c import Crc32c
 from dispatcher.errors import NotFound, SourceError, StorageFull, Unavailable
-from exporter.adapter import CONFIG_NAME, WEIGHTS_NAME, refuse_without_weights
+from exporter.adapter import WEIGHTS_NAME, refuse_without_weights
 from exporter.checkpoint import changed
 from exporter.documents import read_json_object
 from exporter.gemma import SIDE_FILES
+from exporter.peft_config import CONFIG_NAME
 
 log = logging.getLogger(__name__)
 MAX_CONFIG_BYTES = 10_000_000

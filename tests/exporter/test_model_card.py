@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.config import use_of
+from exporter.architecture import use_of
 from exporter.gemma import FAMILIES, USES
 from exporter.model_card import CARD_NAME, CardFacts, model_card
 from tests.exporter.exporting import export, merged_into
@@ -27,7 +27,7 @@ FACTS = CardFacts(
     engine_version="1+torch-2.13.0",
     model_type="gemma3",
     architecture="Gemma3ForConditionalGeneration",
-    tensors={"merged": 238, "copied": 645, "replaced": {"rows": 2}},
+    tensors={"merged": 238, "copied": 645, "towers": {"vision": {"merged": 2}}},
     verified={"files": 2, "worst_error_ulp": 0.5003},
     files=frozenset({"config.json", "chat_template.jinja", "processor_config.json", "tokenizer.json"}),
 )
@@ -72,7 +72,7 @@ def test_the_card_tells_counts_checks_engine_and_adapter() -> None:
     for row in (
         "| merged | `238` |",
         "| copied | `645` |",
-        "| replaced rows | `2` |",
+        "| towers vision merged | `2` |",
         "| worst error ulp | `0.5003` |",
         f"| revision | `{FACTS.base_revision}` |",
         f"| adapter fingerprint | `{'5' * 64}` |",

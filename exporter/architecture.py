@@ -1,4 +1,4 @@
-"""The merged model's config.json: the base's, corrected where the names of the tensors show that it is wrong.
+"""Of which class a base is: its config.json, corrected where the names of the tensors show that it is wrong.
 
 What `architectures` says decides what loads a model: vLLM, text-generation-inference and PEFT's engine take the class
 from there. Bases are found in the wild whose config says otherwise than their weights do:
@@ -10,7 +10,6 @@ from there. Bases are found in the wild whose config says otherwise than their w
   (https://github.com/google/gemma.cpp/pull/918 tells of such checkpoints).
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,13 +61,6 @@ def fitting_config(config: Mapping[str, Any], names: Iterable[str]) -> dict[str,
         raise _mismatch(config, f"the weights have a classifier's {SCORE_ROOT!r}; name its class in architectures")
     bare = found.bare and family.text_type is None and not declared
     return {**config, "architectures": [_backbone(family) if bare else family.architecture]}
-
-
-def config_bytes(original: bytes, config: Mapping[str, Any]) -> bytes:
-    """What to write as config.json: the original's very bytes, unless `config` says something else."""
-    if json.loads(original) == config:
-        return original
-    return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def use_of(architecture: str) -> Use:

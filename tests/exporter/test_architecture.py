@@ -10,8 +10,9 @@ import safetensors.torch
 import transformers
 
 from dispatcher.errors import SourceError
-from exporter.config import config_bytes, fitting_config
+from exporter.architecture import fitting_config
 from exporter.gemma import FAMILIES as TABLE
+from exporter.model_config import config_bytes
 from tests.exporter.exporting import export, merged_into
 from tests.gemmas import (
     CASES,
