@@ -11,11 +11,13 @@ from there. Bases are found in the wild whose config says otherwise than their w
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dispatcher.errors import SourceError
+from exporter.checkpoint import open_checkpoint
 from exporter.gemma import FAMILIES, OTHER_TOWERS, SCORE_ROOT, TEXT_ROOT, TEXT_ROOTS, USES, Family, Use, family_of
+from exporter.sources import Base
 
 _FROM_THE_WHOLE = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
 """What a multimodal config has beside its text_config, and a text-only one needs as well."""
@@ -61,6 +63,15 @@ def fitting_config(config: Mapping[str, Any], names: Iterable[str]) -> dict[str,
         raise _mismatch(config, f"the weights have a classifier's {SCORE_ROOT!r}; name its class in architectures")
     bare = found.bare and family.text_type is None and not declared
     return {**config, "architectures": [_backbone(family) if bare else family.architecture]}
+
+
+def fitted(base: Base) -> Base:
+    """A base whose config is the one that fits its tensors.
+
+    Raises:
+        SourceError: As `fitting_config`, or as `open_checkpoint`.
+    """
+    return replace(base, config=fitting_config(base.config, open_checkpoint(base.directory).tensors()))
 
 
 def use_of(architecture: str) -> Use:

@@ -169,10 +169,9 @@ Source: `transformers.models.gemma4.modeling_gemma4.Gemma4TextExperts`."""
 def head_name(embedding: str) -> str:
     """What a checkpoint calls its output head, given how it calls its embedding.
 
-    The layouts that nest a whole causal model under `language_model` have the head in there.
+    The hub's layout of multimodal checkpoints nests a whole causal model, head and all, under `language_model`.
     """
-    prefix, nested, _ = embedding.rpartition("language_model.model.")
-    return f"{prefix}language_model.{HEAD}" if nested else HEAD
+    return f"language_model.{HEAD}" if embedding.startswith("language_model.model.") else HEAD
 
 
 def family_of(config: dict[str, Any]) -> Family:

@@ -1,27 +1,21 @@
 """The recipe of a merged model: plan, write, verify, prove. What claims and records it is `exporter.job`."""
 
 import logging
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dispatcher.artifacts import ArtifactStore, ArtifactWriter, StoredFile
+from dispatcher.artifacts import ArtifactStore, StoredFile
 from dispatcher.contract import Artifact, ExportRecord, ExportType, TrainingJob, fingerprint_of
-from dispatcher.errors import ArtifactConflict, ExportError, NotAvailable, SourceError, VerificationFailed
-from exporter import engines, merge
-from exporter.adapter import Adapter, read_adapter, refuse_not_finite
-from exporter.architecture import fitting_config
+from dispatcher.errors import ArtifactConflict, ExportError, SourceError, Unsupported, VerificationFailed
+from exporter.architecture import fitted
 from exporter.attempt import Attempt
-from exporter.checkpoint import changed, open_checkpoint
+from exporter.checkpoint import changed
+from exporter.engines import Engine, engine_of, reference_for
 from exporter.gemma import family_of
-from exporter.lease import Hold, Report
-from exporter.ledger import LEDGER_NAME, encoded, ledger_of, refuse_unchanged
-from exporter.lora import Delta
+from exporter.lease import Hold
+from exporter.making import Checks, Made
 from exporter.manifest import (
     MANIFEST_NAME,
     Identity,
@@ -31,17 +25,11 @@ from exporter.manifest import (
     still_holds,
 )
 from exporter.model_card import CARD_NAME, CardFacts, model_card
-from exporter.model_config import merged_config
-from exporter.plan import OutputFile, Plan, plan_merge
-from exporter.sidefiles import publish_copy, side_files, write_model_files, write_side_files
 from exporter.sources import Base, TokenSource, adapter_here, is_current, open_base
-from exporter.verify import vanished, verify_merged, verify_reference
-from exporter.vocabulary import refuse_vocabulary_that_differs
+from exporter.verify import vanished
 
 log = logging.getLogger(__name__)
 ROOT = "merged_models"
-_WRITE_FROM, _WRITE_TO = 0.05, 0.9
-"""The part of the progress bar that writing weights takes."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +41,6 @@ class Result:
     summary: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Written:
-    files: list[StoredFile]
-    tensors: dict[str, Any]
-    verified: dict[str, Any]
-
-
 def export_merged(
     store: ArtifactStore,
     job: TrainingJob,
@@ -68,6 +49,7 @@ def export_merged(
     engine: str,
     token: TokenSource,
     hold: Hold,
+    checks: Checks,
 ) -> Result:
     """Make the merged model of a training job, or find it made already.
 
@@ -75,74 +57,100 @@ def export_merged(
         store: Where artifacts lie.
         job: The training job; its adapter exists.
         record: The claimed export.
-        engine: `auto`, `streaming` or `peft`.
+        engine: `auto`, `streaming` or `peft`. `auto` is streaming, and a reference engine only where that says
+            `unsupported_…`.
         token: Gives a Hugging Face token for a gated base.
         hold: Told of stage and fraction; what it raises stops the work.
+        checks: How much is verified.
 
     Raises:
         ExportError: Bad input, a failed check, or a passing fault; what this attempt published is removed, unless
             another attempt may be using it.
     """
-    started = time.monotonic()
     hold.report("planning", 0.0)
     if job.adapter_path is None:
         raise SourceError(f"training job {job.job_id} names no adapter.", code="adapter_missing")
-    adapter_uri = job.adapter_path
-    write, engine_name, engine_version = _engine(engine)
     base = open_base(job.base_model_id, job.base_model_revision, token)
     family_of(base.config)
-    adapter_files = store.list(adapter_uri)
-    identity = Identity(
-        export_type=ExportType.MERGED,
-        quantization=None,
-        base_id=job.base_model_id,
-        base_revision=base.revision,
-        adapter_fingerprint=fingerprint_of([(file.name, file.size, file.crc32c) for file in adapter_files]),
-        engine=engine_name,
-        engine_version=engine_version,
-        nonce=record.force_nonce,
-    )
+    adapter_files = store.list(job.adapter_path)
+    work = _Work(store, job, job.adapter_path, adapter_files, record, base, hold, checks)
+    if engine != "auto":
+        return work.made_with(engine_of(engine))
+    try:
+        return work.made_with(engine_of("streaming"))
+    except Unsupported as error:
+        reference = reference_for(error, base, adapter_files)
+        log.warning("%s The %s engine makes it instead.", error.message, reference.name)
+        return work.made_with(reference)
 
-    def made(wanted: Identity) -> Result:
+
+@dataclass(frozen=True)
+class _Work:
+    """One export, whichever engine makes it."""
+
+    store: ArtifactStore
+    job: TrainingJob
+    adapter_uri: str
+    adapter_files: list[StoredFile]
+    record: ExportRecord
+    base: Base
+    hold: Hold
+    checks: Checks
+    started: float = field(default_factory=time.monotonic)
+
+    def made_with(self, engine: Engine) -> Result:
+        """The artifact that an engine makes, found or made now."""
+        facts = [(file.name, file.size, file.crc32c) for file in self.adapter_files]
+        identity = Identity(
+            export_type=ExportType.MERGED,
+            quantization=None,
+            base_id=self.job.base_model_id,
+            base_revision=self.base.revision,
+            adapter_fingerprint=fingerprint_of(facts),
+            engine=engine.name,
+            engine_version=engine.version(),
+            nonce=self.record.force_nonce,
+        )
+        try:
+            return self._made(identity, engine)
+        except ArtifactConflict as error:
+            # With what a killed attempt left, on a machine that rounds otherwise; or another attempt has published it.
+            log.warning("what is there is recorded, or else another version is made: %s", error.message)
+            found, manifest = _settled(self.store, self.job.job_id, identity)
+            return self._made(found if manifest is not None else found.instead(), engine)
+
+    def _made(self, wanted: Identity, engine: Engine) -> Result:
         """The first version of an identity that is not spoilt: found, or written now."""
-        identity, manifest = _settled(store, job.job_id, wanted)
-        directory = _directory(job.job_id, identity)
+        identity, manifest = _settled(self.store, self.job.job_id, wanted)
+        directory = _directory(self.job.job_id, identity)
         if manifest is not None:
             log.info("found finished, only recording it: %s", directory)
-            return _result(store, directory, manifest, {}, identity)
-        if hold.is_ours():
-            store.remove_unpublished(directory)
-        attempt = Attempt(store, directory)
+            return _result(self.store, directory, manifest, {}, identity)
+        if self.hold.is_ours():
+            self.store.remove_unpublished(directory)
+        attempt = Attempt(self.store, directory)
         try:
-            with adapter_here(store, adapter_uri, adapter_files) as adapter_dir:
-                fitting = replace(base, config=fitting_config(base.config, open_checkpoint(base.directory).tensors()))
-                written = write(attempt, fitting, adapter_dir, hold.report)
-            card = _publish_card(attempt, identity, fitting, written)
+            base = fitted(self.base)
+            with adapter_here(self.store, self.adapter_uri, self.adapter_files) as adapter_dir:
+                made = engine.make(attempt, base, adapter_dir, self.hold.report, self.checks)
+            card = _publish_card(attempt, identity, base, made)
             manifest = manifest_of(
                 identity,
-                adapter_uri=adapter_uri,
-                files=[*written.files, card],
-                tensors=written.tensors,
-                verified=written.verified,
+                adapter_uri=self.adapter_uri,
+                files=[*made.files, card],
+                tensors=made.tensors,
+                verified=made.verified,
             )
-            hold.report("publishing", 0.99)
-            _refuse_changed(base, identity, store, adapter_uri)
-            if not still_holds(store, directory, manifest):
+            self.hold.report("publishing", 0.99)
+            _refuse_changed(self.base, identity, self.store, self.adapter_uri)
+            if not still_holds(self.store, directory, manifest):
                 raise vanished(f"a file of {directory}")
-            run = {"wall_seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
-            publish_manifest(store, directory, manifest, run)
+            run = {"wall_seconds": round(time.monotonic() - self.started, 3), "peak_rss_bytes": peak_rss_bytes()}
+            publish_manifest(self.store, directory, manifest, run)
         except BaseException:
-            _take_back(attempt, hold)
+            _take_back(attempt, self.hold)
             raise
-        return _result(store, directory, manifest, run, identity)
-
-    try:
-        return made(identity)
-    except ArtifactConflict as error:
-        # With what a killed attempt left, on a machine that rounds otherwise; or another attempt has published it.
-        log.warning("what is there is recorded, or else another version is made: %s", error.message)
-        found, manifest = _settled(store, job.job_id, identity)
-        return made(found if manifest is not None else found.instead())
+        return _result(self.store, directory, manifest, run, identity)
 
 
 def _refuse_changed(base: Base, identity: Identity, store: ArtifactStore, adapter_uri: str) -> None:
@@ -153,81 +161,7 @@ def _refuse_changed(base: Base, identity: Identity, store: ArtifactStore, adapte
         raise changed("the adapter")
 
 
-_Engine = Callable[[Attempt, Base, Path, Report], _Written]
-
-
-def _engine(name: str) -> tuple[_Engine, str, str]:
-    if name in ("auto", "streaming"):
-        return _stream, "streaming", f"{merge.VERSION}+torch-{torch.__version__}"
-    if name == "peft":
-        return _with_peft, "peft", engines.peft_version()
-    raise NotAvailable(
-        f"engine {name!r} is not in this build; auto, streaming and peft are.", code="engine_not_available"
-    )
-
-
-def _stream(attempt: Attempt, base: Base, adapter_dir: Path, report: Report) -> _Written:
-    adapter = read_adapter(adapter_dir)
-    family = family_of(base.config)
-    plan = plan_merge(open_checkpoint(base.directory), adapter, family, base.config)
-    config = merged_config(base.config, plan)
-    refuse_vocabulary_that_differs(plan.vocabulary, config, side_files(base.directory, adapter_dir))
-    refuse_not_finite(adapter.file)
-    files, deltas = _write_shards(attempt, plan, adapter, report)
-    report("verifying", _WRITE_TO)
-    refuse_unchanged(deltas)
-    verified = verify_merged(attempt.store, attempt.directory, plan, adapter, files)
-    files += write_side_files(attempt, base.directory, adapter_dir)
-    files += write_model_files(attempt, base, config, plan.index)
-    ledger = ledger_of(plan, adapter, family, deltas)
-    files.append(attempt.publish(LEDGER_NAME, lambda writer: writer.write(encoded(ledger))))
-    tensors: dict[str, Any] = {operation: plan.count(operation) for operation in Plan.operations}
-    tensors |= {"bytes": plan.nbytes, "towers": ledger["towers"]}
-    if plan.tower:
-        tensors["mapped_to_tower"] = plan.tower
-    if plan.untied:
-        tensors["untied"] = True
-    return _Written(files, tensors, verified)
-
-
-def _write_shards(
-    attempt: Attempt, plan: Plan, adapter: Adapter, report: Report
-) -> tuple[list[StoredFile], dict[str, Delta]]:
-    torch.set_num_threads(1)  # the workers are the threads
-    done, stored = 0, []
-    deltas: dict[str, Delta] = {}
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        report("merging", _WRITE_FROM + (_WRITE_TO - _WRITE_FROM) * done / max(1, plan.nbytes))
-
-    for planned in plan.files:
-
-        def fill(writer: ArtifactWriter, planned: OutputFile = planned) -> None:
-            deltas.update(merge.write_merged(planned, adapter, writer, on_bytes))
-
-        stored.append(attempt.publish(planned.name, fill, size=planned.size))
-    return stored, deltas
-
-
-def _with_peft(attempt: Attempt, base: Base, adapter_dir: Path, report: Report) -> _Written:
-    report("merging", _WRITE_FROM)
-    with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
-        output = Path(scratch)
-        merged, copied = engines.merge_with_peft(base, adapter_dir, output)
-        report("verifying", _WRITE_FROM)
-        verified = verify_reference(output, open_checkpoint(base.directory), family_of(base.config))
-        files = write_side_files(attempt, base.directory, adapter_dir)
-        taken = {CARD_NAME, *(file.name for file in files)}
-        for path in sorted(output.iterdir()):
-            if path.is_file() and path.name not in taken:
-                report("publishing", _WRITE_TO)
-                files.append(publish_copy(attempt, path.name, path))
-    return _Written(files, {"merged": merged, "copied": copied}, verified)
-
-
-def _publish_card(attempt: Attempt, identity: Identity, base: Base, written: _Written) -> StoredFile:
+def _publish_card(attempt: Attempt, identity: Identity, base: Base, made: Made) -> StoredFile:
     facts = CardFacts(
         base_id=identity.base_id,
         base_revision=identity.base_revision,
@@ -236,9 +170,9 @@ def _publish_card(attempt: Attempt, identity: Identity, base: Base, written: _Wr
         engine_version=identity.engine_version,
         model_type=base.config["model_type"],
         architecture=base.config["architectures"][0],
-        tensors=written.tensors,
-        verified=written.verified,
-        files=frozenset(file.name for file in written.files),
+        tensors=made.tensors,
+        verified=made.verified,
+        files=frozenset(file.name for file in made.files),
     )
     card = model_card(facts).encode()
     return attempt.publish(CARD_NAME, lambda writer: writer.write(card), size=len(card))

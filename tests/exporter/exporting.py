@@ -7,8 +7,11 @@ from typing import Any
 from dispatcher.artifacts import ArtifactStore, path_of
 from dispatcher.contract import ExportRecord, ExportType, State, TrainingJob
 from dispatcher.local_artifacts import LocalArtifacts
+from exporter.making import Checks
 from exporter.merged import Result, export_merged
 
+QUICK = Checks(logits=False)
+"""Without the logits, which take a whole model or two; they have tests of their own."""
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
@@ -44,7 +47,14 @@ def merged_record(**fields: object) -> ExportRecord:
     )
 
 
-def export(base: Path | str, adapter: Path | str, store: Path | ArtifactStore, *, engine: str = "streaming") -> Result:
+def export(
+    base: Path | str,
+    adapter: Path | str,
+    store: Path | ArtifactStore,
+    *,
+    engine: str = "streaming",
+    checks: Checks = QUICK,
+) -> Result:
     """Export base + adapter into an artifact store, or into the one in a directory.
 
     Raises:
@@ -57,6 +67,7 @@ def export(base: Path | str, adapter: Path | str, store: Path | ArtifactStore, *
         engine=engine,
         token=lambda: None,
         hold=Undisturbed(),
+        checks=checks,
     )
 
 

@@ -57,8 +57,10 @@ def make_adapter(
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(wrapped.named_parameters()):
         values = torch.randn(parameter.shape, generator=generator) * 0.1
-        if "lora_" in name:
+        if "lora_" in name and parameter.dtype != torch.float32:
             parameter.data = values
+        elif "lora_" in name:
+            parameter.data.copy_(values)  # in place: with `ensure_weight_tying` two of them share their memory
         elif any(mark in name for mark in (".modules_to_save.", ".trainable_tokens_delta")) or trains_biases(name):
             parameter.data.copy_(values)  # in its own dtype: PEFT loads it as such, too
     wrapped.save_pretrained(directory, save_embedding_layers=save_embeddings)
