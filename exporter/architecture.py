@@ -16,7 +16,7 @@ from typing import Any
 
 from dispatcher.errors import SourceError
 from exporter.checkpoint import open_checkpoint
-from exporter.gemma import FAMILIES, OTHER_TOWERS, SCORE_ROOT, TEXT_ROOT, TEXT_ROOTS, USES, Family, Use, family_of
+from exporter.gemma import FAMILIES, SCORE_ROOT, TEXT_ROOT, TEXT_ROOTS, USES, Family, Use, family_of, tower_of
 from exporter.sources import Base
 
 _FROM_THE_WHOLE = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
@@ -90,7 +90,7 @@ def _found(names: Iterable[str]) -> _Found:
         flat |= root in TEXT_ROOTS
         bare |= root in TEXT_ROOTS and inner == name
         scores |= root == SCORE_ROOT
-        tower = name if tower is None and root in OTHER_TOWERS else tower
+        tower = name if tower is None and tower_of(inner) != "language" else tower
     return _Found(nested, flat, tower, bare, scores)
 
 
@@ -120,7 +120,7 @@ def _mismatch(config: Mapping[str, Any], what: str) -> SourceError:
 def _text_config(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], Family]:
     """The config of the text tower alone, and its family."""
     text = config.get("text_config")
-    kind = text.get("model_type", family.text_type) if isinstance(text, dict) else None
+    kind = str(text.get("model_type", family.text_type)) if isinstance(text, dict) else ""
     if not isinstance(text, dict) or kind not in FAMILIES or FAMILIES[kind].text_type is not None:
         raise _mismatch(config, "the weights are a text-only model's, and no text_config describes that")
     own = {**{key: config[key] for key in _FROM_THE_WHOLE if key in config}, **text, "model_type": kind}

@@ -58,6 +58,9 @@ class Family:
     """Whether a config without `vision_config` means a model without a vision tower; others take a default one"""
     reads_nested: bool = False
     """Whether the text-only class loads a text tower by the names it has within the multimodal model"""
+    hidden_head: bool = False
+    """Whether PEFT does not find the head, which is of a model inside the model; it then trains tokens of the embedding
+    alone. Source: `peft.utils.other._get_module_names_tied_with_embedding`."""
 
 
 _LEADING_MODEL = (r"^(?:model\.)+", "")
@@ -90,7 +93,7 @@ FAMILIES: dict[str, Family] = {
     "gemma4_unified": Family(
         _UNIFIED, "Gemma4UnifiedForConditionalGeneration", "gemma4_unified_text", license=APACHE_2, towers_optional=True
     ),
-    "shieldgemma2": Family(_LLAVA, "ShieldGemma2ForImageClassification", "gemma3_text"),
+    "shieldgemma2": Family(_LLAVA, "ShieldGemma2ForImageClassification", "gemma3_text", hidden_head=True),
     "paligemma": Family(_LLAVA, "PaliGemmaForConditionalGeneration", "gemma"),
 }
 """A test compares the renames and classes with the installed library's own. Source:
@@ -100,10 +103,6 @@ TEXT_ROOT = "language_model"
 """How every multimodal class calls its text tower."""
 TEXT_ROOTS = frozenset({"embed_tokens", "layers"})
 """What a text-only checkpoint has in that place."""
-OTHER_TOWERS = frozenset(
-    {"vision_tower", "multi_modal_projector", "embed_vision", "vision_embedder", "audio_tower", "embed_audio"}
-)
-"""What only a multimodal checkpoint has, in any layout."""
 SCORE_ROOT = "score"
 """The head of a sequence or token classifier."""
 
@@ -198,7 +197,7 @@ def family_of(config: dict[str, Any]) -> Family:
 
 
 TOWERS = {
-    "vision": ("vision_tower.", "vision_model.", "multi_modal_projector.", "embed_vision."),
+    "vision": ("vision_tower.", "vision_model.", "multi_modal_projector.", "embed_vision.", "vision_embedder."),
     "audio": ("audio_tower.", "embed_audio."),
 }
 """The canonical beginnings of what belongs to a tower; all else is language."""

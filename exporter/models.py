@@ -21,8 +21,9 @@ def quiet() -> Iterator[None]:
     # Seconds of imports that the streaming engine does without.
     import transformers
 
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+    had_bars = transformers.utils.logging.is_progress_bar_enabled()
+    if had_bars:
+        transformers.utils.logging.disable_progress_bar()
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity(logging.CRITICAL)
     try:
@@ -31,7 +32,7 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         transformers.utils.logging.set_verbosity(level)
-        if shown:  # to enable what the environment switched off is a warning
+        if had_bars:
             transformers.utils.logging.enable_progress_bar()
 
 
