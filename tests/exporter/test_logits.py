@@ -1,4 +1,4 @@
-"""The last check: the merged model speaks as base and adapter do, or the export fails, or it says why it did not ask."""
+"""The merged model speaks as base and adapter do, or the export fails, or it says why it did not ask."""
 
 import json
 from pathlib import Path
