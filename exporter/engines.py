@@ -58,7 +58,9 @@ def merge_with_peft(base: Base, adapter: Path, output: Path) -> tuple[int, int]:
     if model_class is None:
         raise SourceError(f"transformers has no class {architectures[0]!r}.", code="base_not_loadable")
     try:
-        model = model_class.from_pretrained(base.directory, dtype=DTYPE, trust_remote_code=False)
+        # With its own config, a leftover of a quantization would be believed.
+        config = model_class.config_class.from_dict(base.config)
+        model = model_class.from_pretrained(base.directory, config=config, dtype=DTYPE, trust_remote_code=False)
         wrapped = PeftModel.from_pretrained(model, adapter)
         applied = sorted(_digest(tensor) for tensor in get_peft_model_state_dict(wrapped).values())
         targeted = len(wrapped.targeted_module_names)

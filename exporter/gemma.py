@@ -75,25 +75,18 @@ TOKENIZER_GROUP = frozenset(SIDE_FILES[:7]) - {"tokenizer.model"}
 """What makes one tokenizer together with its chat template."""
 
 
-def family_of(config: dict[str, Any]) -> Family:
-    """The family that a config.json declares.
+def family_of(config: dict[str, Any], *, role: str = "base") -> Family:
+    """The family that the config.json of a `role` (the base, or a whole model) declares.
 
     Raises:
-        SourceError: `base_not_gemma` for anything that is not in `FAMILIES`; `base_quantized` when the weights
-            are stored quantized, so that a 16-bit merge into them would not be the model that was trained.
+        SourceError: `{role}_not_gemma` for anything that is not in `FAMILIES`.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise SourceError(
-            f"the base's config.json has model_type {str(model_type)[:80]!r}; "
+            f"the {role}'s config.json has model_type {str(model_type)[:80]!r}; "
             f"this exports Gemma models: {', '.join(FAMILIES)}.",
-            code="base_not_gemma",
-        )
-    if config.get("quantization_config") is not None:
-        raise SourceError(
-            "the base's weights are stored quantized (config.json has a quantization_config). "
-            "Register the matching 16-bit base.",
-            code="base_quantized",
+            code=f"{role}_not_gemma",
         )
     return FAMILIES[model_type]
 

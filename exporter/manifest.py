@@ -7,6 +7,7 @@ not, and does not count when two manifests are compared.
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -78,15 +79,20 @@ def manifest_of(
     files: list[StoredFile],
     tensors: dict[str, Any],
     verified: dict[str, Any],
+    of_base: Mapping[str, Any] | None = None,
+    of_adapter: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The comparable part of a manifest: everything but `run`."""
+    """The comparable part of a manifest: everything but `run`.
+
+    `of_base` and `of_adapter` are what else is known of them, such as which base was asked for.
+    """
     return {
         "format_version": FORMAT_VERSION,
         "version": identity.version,
         "export_type": identity.export_type,
         "quantization": identity.quantization,
-        "base": {"id": identity.base_id, "revision": identity.base_revision},
-        "adapter": {"uri": adapter_uri, "fingerprint": identity.adapter_fingerprint},
+        "base": {"id": identity.base_id, "revision": identity.base_revision, **(of_base or {})},
+        "adapter": {"uri": adapter_uri, "fingerprint": identity.adapter_fingerprint, **(of_adapter or {})},
         "engine": {"name": identity.engine, "version": identity.engine_version},
         "libraries": library_versions(),
         "tensors": tensors,

@@ -16,6 +16,7 @@ from dispatcher.errors import ArtifactConflict, ExportError, NotAvailable, Sourc
 from exporter import engines, merge
 from exporter.adapter import Adapter, read_adapter, refuse_not_finite
 from exporter.attempt import Attempt
+from exporter.bases import adapter_config, base_for
 from exporter.checkpoint import changed, open_checkpoint
 from exporter.gemma import family_of
 from exporter.lease import Hold, Report
@@ -29,7 +30,7 @@ from exporter.manifest import (
 )
 from exporter.plan import OutputFile, Plan, plan_merge
 from exporter.sidefiles import publish_copy, write_side_files
-from exporter.sources import Base, TokenSource, adapter_here, is_current, open_base
+from exporter.sources import Base, TokenSource, adapter_here, is_current
 from exporter.verify import vanished, verify_merged, verify_reference
 
 log = logging.getLogger(__name__)
@@ -83,13 +84,13 @@ def export_merged(
         raise SourceError(f"training job {job.job_id} names no adapter.", code="adapter_missing")
     adapter_uri = job.adapter_path
     write, engine_name, engine_version = _engine(engine)
-    base = open_base(job.base_model_id, job.base_model_revision, token)
-    family_of(base.config)
     adapter_files = store.list(adapter_uri)
+    base = base_for(job, adapter_config(store, adapter_uri, adapter_files), token)
+    family_of(base.config)
     identity = Identity(
         export_type=ExportType.MERGED,
         quantization=None,
-        base_id=job.base_model_id,
+        base_id=base.model_id,
         base_revision=base.revision,
         adapter_fingerprint=fingerprint_of([(file.name, file.size, file.crc32c) for file in adapter_files]),
         engine=engine_name,
@@ -116,6 +117,8 @@ def export_merged(
                 files=written.files,
                 tensors=written.tensors,
                 verified=written.verified,
+                of_base={"requested": base.requested} if base.requested else None,
+                of_adapter={"trained_on": base.trained_on} if base.trained_on else None,
             )
             hold.report("publishing", 0.99)
             _refuse_changed(base, identity, store, adapter_uri)

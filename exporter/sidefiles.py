@@ -6,10 +6,12 @@ from pathlib import Path
 from dispatcher.artifacts import ArtifactWriter, StoredFile
 from dispatcher.errors import SourceError
 from exporter.attempt import Attempt
-from exporter.checkpoint import INDEX_NAME
+from exporter.checkpoint import INDEX_NAME, changed
+from exporter.documents import read_json_object
 from exporter.gemma import SIDE_FILES, TOKENIZER_FILES, TOKENIZER_GROUP
 from exporter.plan import Plan
-from exporter.sources import TEMPLATE_FOLDER
+from exporter.quantized import config_bytes, without_quantization
+from exporter.sources import MAX_CONFIG_BYTES, TEMPLATE_FOLDER
 
 MAX_SIDE_FILE_BYTES = 200_000_000
 BLOCK_BYTES = 1024 * 1024
@@ -51,7 +53,7 @@ def write_side_files(attempt: Attempt, base: Path, adapter: Path, plan: Plan | N
     """
     stored = []
     if plan is not None:
-        stored.append(publish_copy(attempt, "config.json", base / "config.json"))
+        stored.append(_publish_config(attempt, base / "config.json"))
         if plan.index is not None:
             index = plan.index
             stored.append(attempt.publish(INDEX_NAME, lambda writer: writer.write(index)))
@@ -60,6 +62,18 @@ def write_side_files(attempt: Attempt, base: Path, adapter: Path, plan: Plan | N
             raise SourceError(f"{name} is larger than {MAX_SIDE_FILE_BYTES} bytes.", code="side_file_too_large")
         stored.append(publish_copy(attempt, name, source))
     return stored
+
+
+def _publish_config(attempt: Attempt, source: Path) -> StoredFile:
+    """The base's config as it is, unless it speaks of a quantization."""
+    try:
+        config = read_json_object(source, limit=MAX_CONFIG_BYTES)
+    except (ValueError, FileNotFoundError) as error:
+        raise changed(source.name) from error  # it could be read when the base was opened
+    if (cleaned := without_quantization(config)) == config:
+        return publish_copy(attempt, source.name, source)
+    content = config_bytes(cleaned)
+    return attempt.publish(source.name, lambda writer: writer.write(content), size=len(content))
 
 
 def publish_copy(attempt: Attempt, name: str, source: Path) -> StoredFile:

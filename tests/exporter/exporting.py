@@ -44,15 +44,29 @@ def merged_record(**fields: object) -> ExportRecord:
     )
 
 
-def export(base: Path | str, adapter: Path | str, store: Path | ArtifactStore, *, engine: str = "streaming") -> Result:
+def export(
+    base: Path | str,
+    adapter: Path | str,
+    store: Path | ArtifactStore,
+    *,
+    engine: str = "streaming",
+    **document: Any,
+) -> Result:
     """Export base + adapter into an artifact store, or into the one in a directory.
+
+    Args:
+        base: The training job's `base_model_id`.
+        adapter: Where its adapter lies.
+        store: Where to.
+        engine: Which engine.
+        document: Further fields of the training job's document.
 
     Raises:
         ExportError: As `export_merged`.
     """
     return export_merged(
         LocalArtifacts(store) if isinstance(store, Path) else store,
-        TrainingJob.from_document("job-1", training_document(base, adapter)),
+        TrainingJob.from_document("job-1", {**training_document(base, adapter), **document}),
         merged_record(),
         engine=engine,
         token=lambda: None,
@@ -60,6 +74,6 @@ def export(base: Path | str, adapter: Path | str, store: Path | ArtifactStore, *
     )
 
 
-def merged_into(base: Path | str, adapter: Path, store: Path, *, engine: str = "streaming") -> Path:
+def merged_into(base: Path | str, adapter: Path, store: Path, *, engine: str = "streaming", **document: Any) -> Path:
     """As `export`; the directory of the merged model."""
-    return path_of(export(base, adapter, store, engine=engine).artifact.uri)
+    return path_of(export(base, adapter, store, engine=engine, **document).artifact.uri)
