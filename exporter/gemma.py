@@ -69,10 +69,24 @@ SIDE_FILES = (
 )
 """What a user loads beside the weights. transformers 5 does not save `tokenizer.model`, and GGUF needs it."""
 
+TEMPLATE_FOLDER = "additional_chat_templates"
+"""Where templates besides the chat's own lie, as `*.jinja`."""
+
+UNBOUNDED = re.compile(r"\.(in|out)put_(min|max)$")
+"""Bounds that Gemma 4's towers clip to, where infinity means none: no sign of a training that diverged. Source:
+https://github.com/huggingface/transformers/blob/main/src/transformers/models/gemma4/modeling_gemma4.py
+(Gemma4ClippableLinear)"""
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 """Either of these is a tokenizer."""
 TOKENIZER_GROUP = frozenset(SIDE_FILES[:7]) - {"tokenizer.model"}
 """What makes one tokenizer together with its chat template."""
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file of this name, or path inside its model, is one that a user loads beside the weights."""
+    folder, _, last = name.rpartition("/")
+    return last.endswith(".jinja") if folder == TEMPLATE_FOLDER else name in SIDE_FILES
 
 
 def family_of(config: dict[str, Any], *, role: str = "base") -> Family:

@@ -3,7 +3,7 @@
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ import torch
 from dispatcher.artifacts import ArtifactStore, ArtifactWriter, StoredFile
 from dispatcher.contract import Artifact, ExportRecord, ExportType, TrainingJob, fingerprint_of
 from dispatcher.errors import ArtifactConflict, ExportError, NotAvailable, SourceError, VerificationFailed
-from exporter import engines, merge
+from exporter import engines, merge, passthrough
 from exporter.adapter import Adapter, read_adapter, refuse_not_finite
 from exporter.attempt import Attempt
 from exporter.bases import adapter_config, base_for
 from exporter.checkpoint import changed, open_checkpoint
+from exporter.full_model import base_of_full_model, files_from_base, is_full_model, read_full_model
 from exporter.gemma import family_of
 from exporter.lease import Hold, Report
 from exporter.manifest import (
@@ -28,6 +29,7 @@ from exporter.manifest import (
     read_manifest,
     still_holds,
 )
+from exporter.passthrough import pass_through
 from exporter.plan import OutputFile, Plan, plan_merge
 from exporter.sidefiles import publish_copy, write_side_files
 from exporter.sources import Base, TokenSource, adapter_here, is_current
@@ -35,6 +37,8 @@ from exporter.verify import vanished, verify_merged, verify_reference
 
 log = logging.getLogger(__name__)
 ROOT = "merged_models"
+UNREAD = "not read"
+"""The revision of a base that an export did without."""
 _WRITE_FROM, _WRITE_TO = 0.05, 0.9
 """The part of the progress bar that writing weights takes."""
 
@@ -83,18 +87,17 @@ def export_merged(
     if job.adapter_path is None:
         raise SourceError(f"training job {job.job_id} names no adapter.", code="adapter_missing")
     adapter_uri = job.adapter_path
-    write, engine_name, engine_version = _engine(engine)
     adapter_files = store.list(adapter_uri)
-    base = base_for(job, adapter_config(store, adapter_uri, adapter_files), token)
-    family_of(base.config)
+    prepare = _passing_through if is_full_model([file.name for file in adapter_files]) else _merging
+    work = prepare(store, job, adapter_uri, adapter_files, engine, token, hold.report)
     identity = Identity(
         export_type=ExportType.MERGED,
         quantization=None,
-        base_id=base.model_id,
-        base_revision=base.revision,
+        base_id=work.base_id,
+        base_revision=work.base.revision if work.base else UNREAD,
         adapter_fingerprint=fingerprint_of([(file.name, file.size, file.crc32c) for file in adapter_files]),
-        engine=engine_name,
-        engine_version=engine_version,
+        engine=work.engine,
+        engine_version=work.engine_version,
         nonce=record.force_nonce,
     )
 
@@ -109,19 +112,18 @@ def export_merged(
             store.remove_unpublished(directory)
         attempt = Attempt(store, directory)
         try:
-            with adapter_here(store, adapter_uri, adapter_files) as adapter_dir:
-                written = write(attempt, base, adapter_dir, hold.report)
+            written = work.write(attempt)
             manifest = manifest_of(
                 identity,
                 adapter_uri=adapter_uri,
                 files=written.files,
                 tensors=written.tensors,
                 verified=written.verified,
-                of_base={"requested": base.requested} if base.requested else None,
-                of_adapter={"trained_on": base.trained_on} if base.trained_on else None,
+                of_base=work.of_base,
+                of_adapter=work.of_adapter,
             )
             hold.report("publishing", 0.99)
-            _refuse_changed(base, identity, store, adapter_uri)
+            _refuse_changed(work.base, identity, store, adapter_uri)
             if not still_holds(store, directory, manifest):
                 raise vanished(f"a file of {directory}")
             run = {"wall_seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
@@ -140,9 +142,67 @@ def export_merged(
         return made(found if manifest is not None else found.instead())
 
 
-def _refuse_changed(base: Base, identity: Identity, store: ArtifactStore, adapter_uri: str) -> None:
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done for an export, decided before its version is known."""
+
+    engine: str
+    engine_version: str
+    base_id: str
+    base: Base | None
+    """None where no base is read."""
+    write: Callable[[Attempt], _Written]
+    of_base: Mapping[str, Any]
+    """What else the manifest says of the base, and of the adapter."""
+    of_adapter: Mapping[str, Any]
+
+
+def _merging(
+    store: ArtifactStore,
+    job: TrainingJob,
+    uri: str,
+    files: list[StoredFile],
+    engine: str,
+    token: TokenSource,
+    report: Report,
+) -> _Work:
+    merge_into, name, version = _engine(engine)
+    base = base_for(job, adapter_config(store, uri, files), token)
+    family_of(base.config)
+
+    def write(attempt: Attempt) -> _Written:
+        with adapter_here(store, uri, files) as adapter_dir:
+            return merge_into(attempt, base, adapter_dir, report)
+
+    of_base = {"requested": base.requested} if base.requested else {}
+    of_adapter = {"trained_on": base.trained_on} if base.trained_on else {}
+    return _Work(name, version, base.model_id, base, write, of_base, of_adapter)
+
+
+def _passing_through(
+    store: ArtifactStore,
+    job: TrainingJob,
+    uri: str,
+    files: list[StoredFile],
+    engine: str,
+    token: TokenSource,
+    report: Report,
+) -> _Work:
+    """A whole model is published as it is, whatever engine was asked for."""
+    _engine(engine)
+    model = read_full_model(store, uri, files)
+    base = base_of_full_model(model, job, token)
+
+    def write(attempt: Attempt) -> _Written:
+        return _Written(*pass_through(attempt, model, base, report))
+
+    of_base = {"files": files_from_base(model, base)}
+    return _Work("passthrough", passthrough.VERSION, job.base_model_id, base, write, of_base, {"kind": "full_model"})
+
+
+def _refuse_changed(base: Base | None, identity: Identity, store: ArtifactStore, adapter_uri: str) -> None:
     """The manifest names what was read; so base and adapter must still be what they were at the start."""
-    if not is_current(base):
+    if base is not None and not is_current(base):
         raise changed("the base model")
     if store.fingerprint(adapter_uri) != identity.adapter_fingerprint:
         raise changed("the adapter")

@@ -1,6 +1,6 @@
 """The files beside the weights: config, tokenizer, chat template, processor, generation config."""
 
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 from dispatcher.artifacts import ArtifactWriter, StoredFile
@@ -8,37 +8,45 @@ from dispatcher.errors import SourceError
 from exporter.attempt import Attempt
 from exporter.checkpoint import INDEX_NAME, changed
 from exporter.documents import read_json_object
-from exporter.gemma import SIDE_FILES, TOKENIZER_FILES, TOKENIZER_GROUP
+from exporter.gemma import SIDE_FILES, TEMPLATE_FOLDER, TOKENIZER_FILES, TOKENIZER_GROUP
 from exporter.plan import Plan
 from exporter.quantized import config_bytes, without_quantization
-from exporter.sources import MAX_CONFIG_BYTES, TEMPLATE_FOLDER
+from exporter.sources import MAX_CONFIG_BYTES
 
 MAX_SIDE_FILE_BYTES = 200_000_000
 BLOCK_BYTES = 1024 * 1024
 
 
 def side_files(base: Path, adapter: Path) -> dict[str, Path]:
-    """Where each side file comes from: the adapter's own where it has one, else the base's.
+    """Where each side file comes from: the adapter's own where it has one, else the base's; see `origins`."""
+    names = origins(side_file_names(adapter), side_file_names(base))
+    return {name: (adapter if own else base) / name for name, own in names.items()}
 
-    A tokenizer and its chat template belong together: where the adapter has a tokenizer, all of that comes from the
-    adapter, so that a template inside its `tokenizer_config.json` is not overruled by a file of the base. Only
-    `tokenizer.model`, which transformers 5 does not save, comes from the base then.
+
+def side_file_names(directory: Path) -> list[str]:
+    """The side files that are there, by their path in the directory."""
+    templates = (f"{TEMPLATE_FOLDER}/{path.name}" for path in (directory / TEMPLATE_FOLDER).glob("*.jinja"))
+    return [name for name in (*SIDE_FILES, *sorted(templates)) if (directory / name).is_file()]
+
+
+def origins(own: Collection[str], base: Collection[str]) -> dict[str, bool]:
+    """Which side files an output has, and of each whether it is its own or the base's.
+
+    A tokenizer and its chat template belong together: where there is an own tokenizer, all of that is its own, so that
+    a template inside its `tokenizer_config.json` is not overruled by a file of the base. Only `tokenizer.model`, which
+    transformers 5 does not save, comes from the base then.
+
+    Args:
+        own: The side files of what was trained.
+        base: Those of its base.
     """
-    has_tokenizer = any((adapter / name).is_file() for name in TOKENIZER_FILES)
-    names = (*SIDE_FILES, *_templates(base), *_templates(adapter))
-    found = {}
-    for name in names:
+    has_tokenizer = any(name in own for name in TOKENIZER_FILES)
+    found = dict.fromkeys(own, True)
+    for name in base:
         whole = has_tokenizer and (name in TOKENIZER_GROUP or name.startswith(f"{TEMPLATE_FOLDER}/"))
-        places = (adapter,) if whole else (adapter, base)
-        source = next((directory / name for directory in places if (directory / name).is_file()), None)
-        if source is not None:
-            found[name] = source
+        if name not in found and not whole:
+            found[name] = False
     return found
-
-
-def _templates(directory: Path) -> Iterator[str]:
-    for path in sorted((directory / TEMPLATE_FOLDER).glob("*.jinja")):
-        yield f"{TEMPLATE_FOLDER}/{path.name}"
 
 
 def write_side_files(attempt: Attempt, base: Path, adapter: Path, plan: Plan | None) -> list[StoredFile]:

@@ -21,7 +21,7 @@ from exporter import hub
 from exporter.adapter import CONFIG_NAME, WEIGHTS_NAME, refuse_without_weights
 from exporter.checkpoint import changed, open_checkpoint
 from exporter.documents import read_json_object
-from exporter.gemma import SIDE_FILES
+from exporter.gemma import SIDE_FILES, is_side_file
 from exporter.quantized import is_stored_quantized, quantization_of, without_quantization
 
 log = logging.getLogger(__name__)
@@ -29,9 +29,6 @@ MAX_CONFIG_BYTES = 10_000_000
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja")
 """What an export can use; never a pickle."""
 SIDE_PATTERNS = ("config.json", *SIDE_FILES, "*.jinja")
-ADAPTER_FILES = frozenset({CONFIG_NAME, WEIGHTS_NAME, *SIDE_FILES})
-"""What an export uses of an adapter's own folder."""
-TEMPLATE_FOLDER = "additional_chat_templates"
 BLOCK_BYTES = 8 << 20
 
 TokenSource = Callable[[], str | None]
@@ -159,17 +156,12 @@ def adapter_here(store: ArtifactStore, uri: str, files: list[StoredFile]) -> Ite
     names = [file.name for file in files]
     if CONFIG_NAME in names:
         refuse_without_weights([name for name in names if "/" not in name], uri)
-    wanted = [file for file in files if _is_usable(file.name)]
+    wanted = [file for file in files if file.name in (CONFIG_NAME, WEIGHTS_NAME) or is_side_file(file.name)]
     with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
         log.info("fetching %d files, %d bytes, from %s", len(wanted), sum(file.size for file in wanted), uri)
         for file in wanted:
             _fetch(store, file_uri(uri, file.name), file, Path(scratch) / file.name)
         yield Path(scratch)
-
-
-def _is_usable(name: str) -> bool:
-    folder, _, last = name.rpartition("/")
-    return last.endswith(".jinja") if folder == TEMPLATE_FOLDER else name in ADAPTER_FILES
 
 
 def _fetch(store: ArtifactStore, uri: str, listed: StoredFile, target: Path) -> None:

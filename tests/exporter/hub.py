@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -116,3 +119,20 @@ def hub_serving(directory: Path) -> Iterator[Hub]:
     with ThreadingHTTPServer((HOST, 0), Handler) as server, in_thread(server):
         hub.url = f"http://{HOST}:{server.server_port}"
         yield hub
+
+
+def in_a_process(hub: Hub, cache: Path, code: str, *arguments: str) -> list[str]:
+    """What a program prints that speaks to this hub; a process of its own, as the client reads its settings once."""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()

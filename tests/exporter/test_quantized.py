@@ -1,10 +1,7 @@
 """An adapter of a quantized base is merged into the 16-bit one, found by name, or refused with what to register."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from exporter.quantized import is_stored_quantized, quantization_of, twin_of, wi
 from exporter.sources import open_base
 from tests.exporter.damage import edit_config
 from tests.exporter.exporting import export, merged_into
-from tests.exporter.hub import COMMIT, Hub, hub_serving
+from tests.exporter.hub import COMMIT, Hub, hub_serving, in_a_process
 from tests.gemmas import (
     CASES,
     Layout,
@@ -252,23 +249,6 @@ from pathlib import Path
 from tests.exporter.exporting import export
 print(export(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])).artifact.uri)
 """
-
-
-def in_a_process(hub: Hub, cache: Path, code: str, *arguments: str) -> list[str]:
-    """What a program prints that speaks to this hub; a process of its own, as the client reads its settings once."""
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
 
 
 def resolved(hub: Hub, cache: Path, *cases: tuple[dict[str, Any], dict[str, Any]]) -> list[tuple[str, Any]]:
