@@ -52,6 +52,10 @@ class Settings:
     max_attempts: int = 4
     """As many as a first try and the three retries that Cloud Run and the embedded runner make."""
     engine: str = "auto"
+    memory_budget_mib: int = 512
+    """What the exporter may take beyond its interpreter and libraries, in MiB"""
+    verify_logits: bool = True
+    """Whether a merged model's logits are compared, where the memory budget holds the model"""
     token_ttl_seconds: int = 7 * 24 * 3600
     """At least as long as the queue keeps a message, or a replayed message would find its token gone."""
     download_url_seconds: int = 3600
@@ -99,6 +103,8 @@ class Settings:
             max_unfinished_per_user=_number(env, "MAX_UNFINISHED_PER_USER", cls.max_unfinished_per_user, at_least=1),
             max_attempts=_number(env, "MAX_ATTEMPTS", cls.max_attempts, at_least=1),
             engine=_choice(env, "ENGINE", cls.engine, _ENGINES),
+            memory_budget_mib=_number(env, "MEMORY_BUDGET_MIB", cls.memory_budget_mib, at_least=64),
+            verify_logits=_choice(env, "VERIFY_LOGITS", "auto", ("auto", "never")) == "auto",
             token_ttl_seconds=_number(env, "TOKEN_TTL_SECONDS", cls.token_ttl_seconds, at_least=60),
             download_url_seconds=_number(
                 env, "DOWNLOAD_URL_SECONDS", cls.download_url_seconds, at_least=1, at_most=MAX_DOWNLOAD_URL_SECONDS
@@ -131,6 +137,8 @@ class Settings:
             "LEASE_SECONDS": str(self.lease_seconds),
             "MAX_ATTEMPTS": str(self.max_attempts),
             "ENGINE": self.engine,
+            "MEMORY_BUDGET_MIB": str(self.memory_budget_mib),
+            "VERIFY_LOGITS": "auto" if self.verify_logits else "never",
             "TOKEN_TTL_SECONDS": str(self.token_ttl_seconds),
         }
         if self.project_id:

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InvalidRequest("--quantization goes with --export-type gguf.", code="invalid_request")
         # After the cheap checks: it brings in torch.
         from exporter.job import Order, Stores, run_job
+        from exporter.making import Checks
 
         execution = settings.execution or f"local-{secrets.token_hex(6)}"
         order = Order(
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tokens=open_tokens(settings.tokens_url, ttl_seconds=settings.token_ttl_seconds),
             lease_seconds=settings.lease_seconds,
             max_attempts=settings.max_attempts,
+            checks=Checks(logits=settings.verify_logits, memory_budget=settings.memory_budget_mib << 20),
             hf_token=settings.hf_token,
         )
         return run_job(order, stores, stop)

@@ -11,7 +11,6 @@ from typing import Any
 from dispatcher.artifacts import ArtifactReader, ArtifactStore, StoredFile, file_uri
 from dispatcher.contract import TrainingJob
 from dispatcher.errors import ExportError, NotFound, SourceError
-from exporter.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from exporter.checkpoint import (
     INDEX_NAME,
     MAX_INDEX_BYTES,
@@ -25,6 +24,7 @@ from exporter.checkpoint import (
 )
 from exporter.documents import parse_json_object
 from exporter.gemma import TOKENIZER_FILES, family_of, is_side_file
+from exporter.peft_config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from exporter.quantized import is_stored_quantized, quantization_of
 from exporter.sidefiles import origins, side_file_names
 from exporter.sources import MAX_CONFIG_BYTES, Base, TokenSource, open_side_files

@@ -83,6 +83,25 @@ TOKENIZER_GROUP = frozenset(SIDE_FILES[:7]) - {"tokenizer.model"}
 """What makes one tokenizer together with its chat template."""
 
 
+EMBEDDINGS = ("embed_tokens.weight", "language_model.embed_tokens.weight")
+"""The canonical name of the embedding that every Gemma ties its output head to unless its config says otherwise."""
+HEAD = "lm_head.weight"
+"""The canonical name of the output head."""
+
+EXPERTS_MODULE = "experts"
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+"""The stacks of experts of a mixture-of-experts layer, in the order in which the module defines them.
+Source: `transformers.models.gemma4.modeling_gemma4.Gemma4TextExperts`."""
+
+
+def head_name(embedding: str) -> str:
+    """What a checkpoint calls its output head, given how it calls its embedding.
+
+    The hub's layout of multimodal checkpoints nests a whole causal model, head and all, under `language_model`.
+    """
+    return f"language_model.{HEAD}" if embedding.startswith("language_model.model.") else HEAD
+
+
 def is_side_file(name: str) -> bool:
     """Whether a file of this name, or path inside its model, is one that a user loads beside the weights."""
     folder, _, last = name.rpartition("/")
@@ -103,6 +122,18 @@ def family_of(config: dict[str, Any], *, role: str = "base") -> Family:
             code=f"{role}_not_gemma",
         )
     return FAMILIES[model_type]
+
+
+TOWERS = {
+    "vision": ("vision_tower.", "vision_model.", "multi_modal_projector.", "embed_vision."),
+    "audio": ("audio_tower.", "embed_audio."),
+}
+"""The canonical beginnings of what belongs to a tower; all else is language."""
+
+
+def tower_of(name: str) -> str:
+    """`language`, `vision` or `audio`, by a tensor's canonical name."""
+    return next((tower for tower, beginnings in TOWERS.items() if name.startswith(beginnings)), "language")
 
 
 def canonical_name(name: str, family: Family) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 from dispatcher.artifacts import ArtifactStore
@@ -30,6 +30,7 @@ from dispatcher.logs import bound, clean
 from dispatcher.records import RecordStore, update
 from dispatcher.tokens import TokenStore
 from exporter.lease import Claim, Heartbeat, Interrupted, claim, utc_now
+from exporter.making import Checks
 from exporter.merged import Result, export_merged
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Stores:
     tokens: TokenStore
     lease_seconds: int
     max_attempts: int
+    checks: Checks = field(default_factory=Checks)
     hf_token: str | None = None
     """The deployment's own Hugging Face token, used where the caller gave none."""
 
@@ -214,7 +216,9 @@ def _make(record: ExportRecord, order: Order, stores: Stores, job: TrainingJob, 
     def token() -> str | None:
         return stores.tokens.get(record.token_ref) if record.token_ref else stores.hf_token
 
-    return export_merged(stores.artifacts, job, record, engine=order.engine, token=token, hold=heartbeat)
+    return export_merged(
+        stores.artifacts, job, record, engine=order.engine, token=token, hold=heartbeat, checks=stores.checks
+    )
 
 
 def _commit(claimed: Claim, result: Result, stores: Stores) -> None:

@@ -16,10 +16,9 @@ from dispatcher.errors import VerificationFailed
 
 MIN_ROWS = 16
 MIN_WIDTH = 64
-MAX_FUSED_RANK = 128
-"""Within these bounds a BLAS sums each element of B @ A in the same order whether it makes the whole product, some rows
-of it, or adds it to W in the same call. Outside it may take another kernel, and PEFT's result would differ in the last
-bit; so narrower weights are folded whole, and higher ranks in two steps."""
+"""Within these bounds a BLAS sums each element of B @ A in the same order whether it makes the whole product or some
+rows of it. Outside it may take another kernel, and PEFT's result would differ in the last bit; so narrower weights are
+folded whole."""
 
 
 def scaling(alpha: float, rank: int, *, use_rslora: bool) -> float:
@@ -60,24 +59,65 @@ class Factors:
     """What is left of s to multiply with"""
     largest: float
     """No element of s * (B @ A) is larger in magnitude than this."""
-    magnitude: torch.Tensor | None
-    """[out], float32: DoRA's m"""
+    rows: torch.Tensor | None
+    """[out], float32: the length that DoRA gives each row"""
+    columns: torch.Tensor | None
+    """[in], float32: the length that DoRA gives each column, which is how PEFT has it for embeddings"""
 
 
-def factors(a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.Tensor | None = None) -> Factors:
-    """Prepare A [rank, in], B [out, rank] and DoRA's m [out], of any floating dtype, for `fold_rows_`."""
+def factors(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    *,
+    rows: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
+) -> Factors:
+    """Prepare A [rank, in], B [out, rank] and DoRA's m ([out] or [in]), of any floating dtype, for `fold_rows_`."""
     a, b = a.float(), b.float()
-    magnitude = None if magnitude is None else magnitude.float()
     top_a, top_b = (float(half.abs().max()) if half.numel() else 0.0 for half in (a, b))
     largest = abs(scale) * a.shape[0] * top_a * top_b
+    rows, columns = (None if lengths is None else lengths.float() for lengths in (rows, columns))
     # Times a power of two is exact as long as no element becomes subnormal, so it may come first.
     if abs(math.frexp(scale)[0]) == 0.5 and 2.0**-40 < abs(scale) < 2.0**40 and not _near_subnormal(b):
-        return Factors(a, b * scale, 1.0, largest, magnitude)
-    return Factors(a, b, scale, largest, magnitude)
+        return Factors(a, b * scale, 1.0, largest, rows, columns)
+    return Factors(a, b, scale, largest, rows, columns)
 
 
 def _near_subnormal(values: torch.Tensor) -> bool:
     return bool(((values != 0) & (values.abs() < 2.0**-80)).any())
+
+
+@dataclass(frozen=True)
+class Delta:
+    """How far some values went from what they were, before the rounding to their dtype."""
+
+    largest: float
+    """max |Δ|"""
+    squared: float
+    """‖Δ‖²"""
+    before_squared: float
+    """‖W‖²"""
+
+    def __add__(self, other: "Delta") -> "Delta":
+        return Delta(
+            max(self.largest, other.largest),
+            self.squared + other.squared,
+            self.before_squared + other.before_squared,
+        )
+
+
+def delta_between(before: torch.Tensor, after: torch.Tensor) -> Delta:
+    """How far it is from some float32 values to others of the same shape."""
+    return _measured(after - before, before)
+
+
+def _measured(delta: torch.Tensor, before: torch.Tensor) -> Delta:
+    if not delta.numel():
+        return Delta(0.0, 0.0, 0.0)
+    low, high = torch.aminmax(delta)
+    squares = [float(torch.linalg.vector_norm(values)) ** 2 for values in (delta, before)]
+    return Delta(max(-float(low), float(high)), *squares)
 
 
 def row_blocks(rows: int, width: int, limit: int) -> list[tuple[int, int]]:
@@ -90,32 +130,55 @@ def row_blocks(rows: int, width: int, limit: int) -> list[tuple[int, int]]:
     return [(first, end - first) for first, end in itertools.pairwise(edges)]
 
 
-def fold_rows_(rows: torch.Tensor, first: int, pair: Factors, scratch: torch.Tensor) -> None:
-    """Merge some rows of a weight in place, allocating nothing.
+def fold_rows_(
+    rows: torch.Tensor, first: int, pair: Factors, scratch: torch.Tensor, *, base: torch.Tensor | None = None
+) -> Delta:
+    """Merge some rows of a weight in place, in memory that is used again.
 
     Args:
         rows: [n, in], the weight's rows from `first` on, bfloat16, float16 or float32; overwritten.
         first: Which row of the weight, and so of B, they begin with.
-        pair: The factors.
-        scratch: float32, at least n * in elements; overwritten.
+        pair: The factors; of `columns`, what each column is multiplied with instead of its length.
+        scratch: float32, at least 2 * n * in elements; overwritten.
+        base: [n, in], what is merged into if not what `rows` holds; any floating dtype.
 
     Raises:
         VerificationFailed: `merge_overflow` when a merged value is not finite in the weight's dtype.
     """
-    total = scratch[: rows.numel()].view(rows.shape)
-    b = pair.b[first : first + rows.shape[0]]
-    if pair.scale == 1.0 and _fuses(rows, pair.a.shape[0]):
-        total.copy_(rows)
-        total.addmm_(b, pair.a)
+    # The product first, where memory is aligned: a BLAS may sum in another order where it is not.
+    delta = scratch[: rows.numel()].view(rows.shape)
+    before = scratch[rows.numel() : 2 * rows.numel()].view(rows.shape)
+    before.copy_(rows if base is None else base)
+    torch.mm(pair.b[first : first + rows.shape[0]], pair.a, out=delta)
+    if pair.scale != 1.0:
+        delta.mul_(pair.scale)
+    if pair.rows is None and pair.columns is None:
+        moved = _measured(delta, before)
+        total = before.add_(delta)
     else:
-        torch.mm(b, pair.a, out=total)
-        total.mul_(pair.scale).add_(rows)
-    if pair.magnitude is not None:
-        norms = torch.linalg.vector_norm(total, dim=1)
-        total.mul_((pair.magnitude[first : first + rows.shape[0]] / norms)[:, None])
+        total = delta.add_(before)
+        if pair.rows is not None:
+            norms = torch.linalg.vector_norm(total, dim=1)
+            total.mul_((pair.rows[first : first + rows.shape[0]] / norms)[:, None])
+        if pair.columns is not None:
+            total.mul_(pair.columns)
+        moved = delta_between(before, total)
     rows.copy_(total)
     if _may_overflow(rows.dtype, pair):
         refuse_overflow(rows)
+    return moved
+
+
+def squares_by_column(rows: torch.Tensor, first: int, pair: Factors) -> torch.Tensor:
+    """The sum of squares in each column of some rows of V: [in], float64.
+
+    Args:
+        rows: [n, in], the weight's rows from `first` on, any floating dtype.
+        first: Which row of the weight, and so of B, they begin with.
+        pair: The factors.
+    """
+    total = rows.float() + (pair.b[first : first + rows.shape[0]] @ pair.a) * pair.scale
+    return total.double().square().sum(dim=0)
 
 
 def refuse_overflow(values: torch.Tensor) -> None:
@@ -132,11 +195,8 @@ def refuse_overflow(values: torch.Tensor) -> None:
         )
 
 
-def _fuses(rows: torch.Tensor, rank: int) -> bool:
-    return rank <= MAX_FUSED_RANK and rows.shape[1] >= MIN_WIDTH and rows.shape[0] >= MIN_ROWS
-
-
 def _may_overflow(dtype: torch.dtype, pair: Factors) -> bool:
     # No base comes near the end of bfloat16's or float32's range; float16's is close enough to look at every value,
     # and a magnitude may be of any size, or be of a row that has none.
-    return dtype is torch.float16 or pair.magnitude is not None or not pair.largest < torch.finfo(dtype).max / 4
+    scaled = pair.rows is not None or pair.columns is not None
+    return dtype is torch.float16 or scaled or not pair.largest < torch.finfo(dtype).max / 4

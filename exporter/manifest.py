@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import pydantic
@@ -49,6 +49,16 @@ class Identity:
         return replace(self, nonce=self.version)
 
 
+@dataclass(frozen=True)
+class History:
+    """What else a manifest says of what an artifact was made from; it decides no byte."""
+
+    of_base: Mapping[str, Any] = field(default_factory=dict)
+    """Such as which base was asked for"""
+    of_adapter: Mapping[str, Any] = field(default_factory=dict)
+    """Such as what it was trained on"""
+
+
 class _File(pydantic.BaseModel):
     name: str
     bytes: int
@@ -79,20 +89,16 @@ def manifest_of(
     files: list[StoredFile],
     tensors: dict[str, Any],
     verified: dict[str, Any],
-    of_base: Mapping[str, Any] | None = None,
-    of_adapter: Mapping[str, Any] | None = None,
+    history: History,
 ) -> dict[str, Any]:
-    """The comparable part of a manifest: everything but `run`.
-
-    `of_base` and `of_adapter` are what else is known of them, such as which base was asked for.
-    """
+    """The comparable part of a manifest: everything but `run`."""
     return {
         "format_version": FORMAT_VERSION,
         "version": identity.version,
         "export_type": identity.export_type,
         "quantization": identity.quantization,
-        "base": {"id": identity.base_id, "revision": identity.base_revision, **(of_base or {})},
-        "adapter": {"uri": adapter_uri, "fingerprint": identity.adapter_fingerprint, **(of_adapter or {})},
+        "base": {"id": identity.base_id, "revision": identity.base_revision, **history.of_base},
+        "adapter": {"uri": adapter_uri, "fingerprint": identity.adapter_fingerprint, **history.of_adapter},
         "engine": {"name": identity.engine, "version": identity.engine_version},
         "libraries": library_versions(),
         "tensors": tensors,

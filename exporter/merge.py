@@ -11,19 +11,28 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import BinaryIO, Protocol
 
 import torch
 
-from exporter.adapter import Adapter, LoraPair
+from exporter.adapter import Adapter
 from exporter.checkpoint import Tensor
-from exporter.lora import Factors, factors, fold_rows_, refuse_overflow, row_blocks
-from exporter.plan import OutputFile
+from exporter.lora import (
+    Delta,
+    Factors,
+    delta_between,
+    fold_rows_,
+    refuse_overflow,
+    row_blocks,
+    squares_by_column,
+)
+from exporter.pairs import AddedBias, LoraPair, matrices_of
+from exporter.plan import OutputFile, OutputTensor
 from exporter.saved import Saved
 from exporter.tensors import TORCH_DTYPE, read_elements, read_into, read_tensor
 
-VERSION = "1"
+VERSION = "2"
 """Part of every artifact's version: raise it when the bytes that this module writes for a given plan change."""
 BLOCK_BYTES = 4 * 1024 * 1024
 FOLD_ELEMENTS = 512 * 1024
@@ -39,72 +48,63 @@ class Sink(Protocol):
     def write(self, data: memoryview) -> object: ...
 
 
-@dataclass(frozen=True)
-class _Copy:
-    """`nbytes` of the source from `start`, as they are."""
+Change = Callable[[bytearray, torch.Tensor], Delta]
+"""Makes a block what it is to be: gets its bytes, and float32 room; says how far the values went."""
 
-    start: int
+
+@dataclass(frozen=True)
+class _Block:
+    """`nbytes` of one output tensor, or of a run of copied ones."""
+
+    name: str
+    start: int | None
+    """Where its bytes are in the source; None where nothing of the base remains"""
     nbytes: int
+    change: Change | None
 
 
-@dataclass(frozen=True)
-class _Merge:
-    tensor: Tensor
-    pair: LoraPair
-
-
-@dataclass(frozen=True)
-class _Replace:
-    tensor: Tensor
-    saved: Saved
-
-
-def write_merged(planned: OutputFile, adapter: Adapter, sink: Sink, on_bytes: OnBytes) -> None:
+def write_merged(planned: OutputFile, adapter: Adapter, sink: Sink, on_bytes: OnBytes) -> dict[str, Delta]:
     """Write one output file of a plan, front to back.
+
+    Returns:
+        Of every changed tensor, how far it went from the base's.
 
     Raises:
         Unavailable: The source changed while it was read (`source_changed`).
         VerificationFailed: A merged value is not finite.
         Exception: Whatever the sink or `on_bytes` raise.
     """
-    changed = [tensor for tensor in planned.source.tensors if tensor.name in planned.changes]
-    largest = max((_largest_block(tensor) for tensor in changed), default=0)
+    largest = max((_largest_block(output.tensor) for output in planned.tensors if output.change), default=0)
     workers = fold_workers()
     free = deque(bytearray(max(BLOCK_BYTES, largest * 4)) for _ in range(workers + 2))
-    under_way: deque[tuple[Future[None], bytearray, int]] = deque()
+    under_way: deque[tuple[Future[Delta | None], _Block, bytearray]] = deque()
+    deltas: dict[str, Delta] = {}
 
     def hand_on() -> None:
-        ready, buffer, nbytes = under_way.popleft()
-        ready.result()
-        sink.write(memoryview(buffer)[:nbytes])
+        ready, block, buffer = under_way.popleft()
+        delta = ready.result()
+        sink.write(memoryview(buffer)[: block.nbytes])
         free.append(buffer)
-        on_bytes(nbytes)
+        if delta is not None:
+            deltas[block.name] = deltas[block.name] + delta if block.name in deltas else delta
+        on_bytes(block.nbytes)
 
     sink.write(memoryview(planned.header))
     on_bytes(len(planned.header))
-    with planned.source.open() as source, _Workers(workers, largest) as pool:
-        for block in _blocks(planned, adapter):
+    with planned.source.open() as source, _Workers(workers, 2 * largest) as pool:
+        for block in _blocks(planned, adapter, source):
             if not free:
                 hand_on()
             buffer = free.popleft()
-            ready = pool.submit(block, source.fileno(), buffer, planned.name)
-            under_way.append((ready, buffer, block.nbytes))
+            under_way.append((pool.submit(block, source.fileno(), buffer, planned.name), block, buffer))
         while under_way:
             hand_on()
+    return deltas
 
 
 def fold_workers() -> int:
     """As many threads as there are cores; the one that writes mostly waits for the kernel."""
     return max(1, os.cpu_count() or 1)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """`nbytes` of the source from `start`, and what to do to them once read."""
-
-    start: int
-    nbytes: int
-    change: Callable[[bytearray, torch.Tensor], None] | None
 
 
 class _Workers:
@@ -121,13 +121,13 @@ class _Workers:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def submit(self, block: _Block, source: int, buffer: bytearray, name: str) -> Future[None]:
+    def submit(self, block: _Block, source: int, buffer: bytearray, name: str) -> Future[Delta | None]:
         return self._pool.submit(self._fill, block, source, buffer, name)
 
-    def _fill(self, block: _Block, source: int, buffer: bytearray, name: str) -> None:
-        read_into(source, memoryview(buffer)[: block.nbytes], block.start, name)
-        if block.change is not None:
-            block.change(buffer, self._scratch())
+    def _fill(self, block: _Block, source: int, buffer: bytearray, name: str) -> Delta | None:
+        if block.start is not None:
+            read_into(source, memoryview(buffer)[: block.nbytes], block.start, name)
+        return block.change(buffer, self._scratch()) if block.change else None
 
     def _scratch(self) -> torch.Tensor:
         if not hasattr(self._room, "scratch"):
@@ -136,59 +136,55 @@ class _Workers:
         return scratch
 
 
-def _blocks(planned: OutputFile, adapter: Adapter) -> Iterator[_Block]:
-    for step in _steps(planned):
-        match step:
-            case _Copy():
-                yield from _copied(step)
-            case _Merge():
-                yield from _folded(step, adapter)
-            case _Replace():
-                yield from _replaced(step, adapter)
-
-
-def _steps(planned: OutputFile) -> Iterator[_Copy | _Merge | _Replace]:
-    """The plan of one file with neighbouring copies joined: what is only copied has no tensor boundaries."""
-    run: _Copy | None = None
-    for tensor in planned.source.tensors:
-        change = planned.changes.get(tensor.name)
-        if change is None:
-            run = _Copy(run.start, run.nbytes + tensor.nbytes) if run else _Copy(tensor.start, tensor.nbytes)
+def _blocks(planned: OutputFile, adapter: Adapter, source: BinaryIO) -> Iterator[_Block]:
+    """The file in blocks, neighbouring copies joined: what is only copied has no tensor boundaries."""
+    run: Tensor | None = None
+    for output in planned.tensors:
+        if output.change is None and run is not None and output.source.start == run.start + run.nbytes:
+            run = replace(run, nbytes=run.nbytes + output.source.nbytes)
             continue
-        if run:
-            yield run
-            run = None
-        yield _Merge(tensor, change) if isinstance(change, LoraPair) else _Replace(tensor, change)
-    if run:
-        yield run
+        if run is not None:
+            yield from _copied(run)
+        run = output.source if output.change is None else None
+        match output.change:
+            case LoraPair():
+                yield from _folded(output, output.change, adapter, source)
+            case Saved():
+                yield from _replaced(output, output.change, adapter)
+            case AddedBias():
+                yield _added(output, output.change, adapter)
+    if run is not None:
+        yield from _copied(run)
 
 
-def _copied(step: _Copy) -> Iterator[_Block]:
-    for offset in range(0, step.nbytes, BLOCK_BYTES):
-        yield _Block(step.start + offset, min(BLOCK_BYTES, step.nbytes - offset), None)
+def _copied(run: Tensor) -> Iterator[_Block]:
+    for offset in range(0, run.nbytes, BLOCK_BYTES):
+        yield _Block(run.name, run.start + offset, min(BLOCK_BYTES, run.nbytes - offset), None)
 
 
 def _largest_block(tensor: Tensor) -> int:
-    rows, width = _rows(tensor)
-    return max((count * width for _, count in row_blocks(rows, width, FOLD_ELEMENTS)), default=0)
+    matrices, rows, width = matrices_in(tensor)
+    blocks = row_blocks(rows, width, FOLD_ELEMENTS) + row_blocks(matrices * rows, width, FOLD_ELEMENTS)
+    return max((count * width for _, count in blocks), default=0)
 
 
-def _rows(tensor: Tensor) -> tuple[int, int]:
-    """Rows and width of a tensor; what is no matrix counts as one row per element of its first dimension."""
-    rows = tensor.shape[0] if tensor.shape else 1
-    return rows, math.prod(tensor.shape) // max(1, rows)
+def matrices_in(tensor: Tensor) -> tuple[int, int, int]:
+    """How many matrices a tensor is, of how many rows, and their width; of fewer dimensions, one matrix."""
+    count = math.prod(tensor.shape[:-2])
+    rows = tensor.shape[-2] if len(tensor.shape) > 1 else math.prod(tensor.shape)
+    return count, rows, math.prod(tensor.shape) // max(1, count * rows)
 
 
-def _replaced(step: _Replace, adapter: Adapter) -> Iterator[_Block]:
+def _replaced(output: OutputTensor, saved: Saved, adapter: Adapter) -> Iterator[_Block]:
     """The base's bytes with the adapter's own values put over them, rounded once to the base's dtype."""
-    rows, width = _rows(step.tensor)
-    dtype = TORCH_DTYPE[step.tensor.dtype]
-    saved = step.saved
+    matrices, rows, width = matrices_in(output.tensor)
+    dtype = TORCH_DTYPE[output.tensor.dtype]
     places = None if saved.rows is None else {row: index for index, row in enumerate(saved.rows)}
-    for first, count in row_blocks(rows, width, FOLD_ELEMENTS):
+    for first, count in row_blocks(matrices * rows, width, FOLD_ELEMENTS):
 
-        def put(buffer: bytearray, scratch: torch.Tensor, first: int = first, count: int = count) -> None:
+        def put(buffer: bytearray, scratch: torch.Tensor, first: int = first, count: int = count) -> Delta:
             values = torch.frombuffer(buffer, dtype=dtype, count=count * width)
+            before = scratch[: values.numel()].copy_(values) if not output.resized else values.float().zero_()
             if places is None:
                 values.copy_(read_elements(adapter.file, saved.tensor, first * width, count * width))
             else:
@@ -196,24 +192,76 @@ def _replaced(step: _Replace, adapter: Adapter) -> Iterator[_Block]:
                     new = read_elements(adapter.file, saved.tensor, places[row] * width, width)
                     values[(row - first) * width :][:width].copy_(new)
             refuse_overflow(values)
+            return delta_between(before, values)
 
-        yield _Block(step.tensor.start + first * width * dtype.itemsize, count * width * dtype.itemsize, put)
+        yield _block(output, first * width, count * width, put)
 
 
-def _folded(step: _Merge, adapter: Adapter) -> Iterator[_Block]:
-    rows, width = step.tensor.shape
-    dtype = TORCH_DTYPE[step.tensor.dtype]
-    row_bytes = width * dtype.itemsize
-    pair = _factors(step.pair, adapter)
+def _block(output: OutputTensor, first: int, count: int, change: Change) -> _Block:
+    """A block of `count` elements from the flat index `first` on."""
+    size = TORCH_DTYPE[output.tensor.dtype].itemsize
+    start = None if output.resized else output.source.start + first * size
+    return _Block(output.tensor.name, start, count * size, change)
+
+
+def _added(output: OutputTensor, bias: AddedBias, adapter: Adapter) -> _Block:
+    count = math.prod(output.tensor.shape)
+
+    def add(buffer: bytearray, scratch: torch.Tensor) -> Delta:
+        values = torch.frombuffer(buffer, dtype=TORCH_DTYPE[output.tensor.dtype], count=count)
+        before = values.float()
+        after = before + read_tensor(adapter.file, bias.tensor).float() * bias.scale
+        values.copy_(after)
+        refuse_overflow(values)
+        return delta_between(before, after)
+
+    return _block(output, 0, count, add)
+
+
+def _folded(output: OutputTensor, pair: LoraPair, adapter: Adapter, source: BinaryIO) -> Iterator[_Block]:
+    tensor = output.tensor
+    _, rows, width = matrices_in(tensor)
+    dtype = TORCH_DTYPE[tensor.dtype]
+    for number, matrix in enumerate(matrices_of(pair, adapter.file, tensor.shape)):
+        begin = number * rows * width
+        if matrix.columns is not None:
+            matrix = replace(matrix, columns=matrix.columns / column_norms(output, matrix, pair, adapter, source))
+        for first, count in row_blocks(rows, width, FOLD_ELEMENTS):
+
+            def fold(
+                buffer: bytearray,
+                scratch: torch.Tensor,
+                first: int = first,
+                count: int = count,
+                matrix: Factors = matrix,
+            ) -> Delta:
+                weight = torch.frombuffer(buffer, dtype=dtype, count=count * width).view(count, width)
+                base = own_base(pair, adapter, first, count, width)
+                return fold_rows_(weight, first, matrix, scratch, base=base)
+
+            yield _block(output, begin + first * width, count * width, fold)
+
+
+def own_base(pair: LoraPair, adapter: Adapter, first: int, count: int, width: int) -> torch.Tensor | None:
+    """Rows that the adapter brings to be merged into: [count, width]; None where it merges into the base's."""
+    if pair.base is None:
+        return None
+    return read_elements(adapter.file, pair.base, first * width, count * width).view(count, width)
+
+
+def column_norms(
+    output: OutputTensor, matrix: Factors, pair: LoraPair, adapter: Adapter, source: BinaryIO
+) -> torch.Tensor:
+    """The length of each column of what is merged: [width], float32; one more pass over the base's values."""
+    _, rows, width = matrices_in(output.tensor)
+    dtype = TORCH_DTYPE[output.tensor.dtype]
+    squares = torch.zeros(width, dtype=torch.float64)
     for first, count in row_blocks(rows, width, FOLD_ELEMENTS):
-
-        def fold(buffer: bytearray, scratch: torch.Tensor, first: int = first, count: int = count) -> None:
-            weight = torch.frombuffer(buffer, dtype=dtype, count=count * width).view(count, width)
-            fold_rows_(weight, first, pair, scratch)
-
-        yield _Block(step.tensor.start + first * row_bytes, count * row_bytes, fold)
-
-
-def _factors(pair: LoraPair, adapter: Adapter) -> Factors:
-    magnitude = None if pair.magnitude is None else read_tensor(adapter.file, pair.magnitude)
-    return factors(read_tensor(adapter.file, pair.a), read_tensor(adapter.file, pair.b), pair.scale, magnitude)
+        values = own_base(pair, adapter, first, count, width)
+        if values is None:
+            data = bytearray(count * width * dtype.itemsize)
+            start = output.source.start + first * width * dtype.itemsize
+            read_into(source.fileno(), memoryview(data), start, output.source.name)
+            values = torch.frombuffer(data, dtype=dtype).view(count, width)
+        squares += squares_by_column(values, first, matrix)
+    return squares.sqrt().float()

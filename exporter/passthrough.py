@@ -6,7 +6,6 @@ There is nothing to merge, and no base is read, unless a file that a user needs 
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -18,21 +17,20 @@ from exporter.checkpoint import INDEX_NAME, ITEM_SIZE, SINGLE_NAME, Tensor, chan
 from exporter.full_model import CONFIG_NAME, FullModel, files_from_base, refuse_quantized, weights_of
 from exporter.gemma import UNBOUNDED
 from exporter.lease import Report
+from exporter.making import WRITE_TO, Made
 from exporter.quantized import config_bytes, without_quantization
 from exporter.sidefiles import publish_copy
 from exporter.sources import Base
 from exporter.tensors import TORCH_DTYPE
 from exporter.verify import vanished
 
+NAME = "passthrough"
 VERSION = "1"
 """Part of every such artifact's version: raise it when the bytes that this module writes for given files change."""
 BLOCK_BYTES = 8 << 20
-_WRITE_TO = 0.9
 
 
-def pass_through(
-    attempt: Attempt, model: FullModel, base: Base | None, report: Report
-) -> tuple[list[StoredFile], dict[str, Any], dict[str, Any]]:
+def pass_through(attempt: Attempt, model: FullModel, base: Base | None, report: Report) -> Made:
     """Publish what a user loads of a whole model: weights, index, config and side files, byte for byte.
 
     Nothing else that lies there: no pickle, no optimizer's state, no checkpoint. The config is changed only where it
@@ -43,9 +41,6 @@ def pass_through(
         model: The model.
         base: What `base_of_full_model` gave.
         report: Told of the fraction; what it raises stops the work.
-
-    Returns:
-        The files, and for the manifest what became of the tensors and what was verified.
 
     Raises:
         SourceError: `model_weights_missing`, `model_pickle_only`, `model_index_invalid`, `model_quantized`,
@@ -62,7 +57,7 @@ def pass_through(
     def on_bytes(count: int) -> None:
         nonlocal done
         done += count
-        report("copying", _WRITE_TO * done / max(1, total))
+        report("copying", WRITE_TO * done / max(1, total))
 
     files = [_publish(attempt, model, name, tensors, on_bytes) for name, tensors in weights.items()]
     beside = [*model.side_files, *([] if SINGLE_NAME in weights else [INDEX_NAME])]
@@ -75,11 +70,11 @@ def pass_through(
     files += [_publish(attempt, model, name, (), lambda _: None) for name in beside]
     if base is not None:
         files += [publish_copy(attempt, name, base.directory / name) for name in files_from_base(model, base)]
-    report("verifying", _WRITE_TO)
+    report("verifying", WRITE_TO)
     _verify(attempt, files)
     count = sum(map(len, weights.values()))
     checked = sum(tensor.dtype in TORCH_DTYPE for tensors in weights.values() for tensor in tensors)
-    return files, {"copied": count, "bytes": total}, {"files_crc32c": len(files), "tensors_finite": checked}
+    return Made(files, {"copied": count, "bytes": total}, {"files_crc32c": len(files), "tensors_finite": checked})
 
 
 def _publish(

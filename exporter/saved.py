@@ -1,20 +1,25 @@
-"""What an adapter stores whole: tensors that were trained themselves, and rows of an embedding.
+"""What an adapter stores whole: tensors that were trained themselves, rows of an embedding, and copies of the base's.
 
 Formats, as PEFT saves them under `base_model.model.`: with `modules_to_save` and with `bias` the tensor's own name (a
 targeted module's bias as `{module}.base_layer.bias`), with `trainable_token_indices`
 `{module}.token_adapter.trainable_tokens_delta` [n, dim], which despite its name holds the new rows, in the order of the
-indices. Source: `peft.utils.other.ModulesToSaveWrapper`, `peft.tuners.trainable_tokens.layer.TrainableTokensLayer`.
+indices. Of an embedding and its head that were trained as a pair, or resized, it also stores the weight that the pair
+is added to, as `{module}.base_layer.weight` or `{module}.weight`. Source: `peft.utils.other.ModulesToSaveWrapper`,
+`peft.tuners.trainable_tokens.layer.TrainableTokensLayer`, `peft.utils.save_and_load.get_peft_model_state_dict`.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dispatcher.errors import AdapterMismatch, SourceError, Unsupported
+from dispatcher.errors import AdapterMismatch
 from exporter.checkpoint import Tensor
+from exporter.pairs import refuse_unreadable
+from exporter.peft_config import names_in
 
 TOKENS_SUFFIX = ".token_adapter.trainable_tokens_delta"
-FLOATING = frozenset({"F32", "F16", "BF16"})
+EMBEDDING_LAYERS = (["embed_tokens", "weight"], ["lm_head", "weight"])
+"""What PEFT takes for embeddings: the ends of their weights' names. Source: `peft.utils.other.EMBEDDING_LAYER_NAMES`"""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,13 @@ class Saved:
     """Of the base's shape, or [n, width]"""
     rows: tuple[int, ...] | None
     """Which rows these are; None is all of it."""
+    copy: bool = False
+    """Whether it is PEFT's copy of what the training began with, and so, mostly, the base's own."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it takes of the adapter's file."""
+        return (self.tensor,)
 
 
 def saved_tensor(name: str, tensor: Tensor, config: dict[str, Any]) -> Saved | None:
@@ -44,16 +56,14 @@ def saved_tensor(name: str, tensor: Tensor, config: dict[str, Any]) -> Saved | N
     """
     if name.endswith(TOKENS_SUFFIX):
         module = name.removesuffix(TOKENS_SUFFIX)
-        found: Saved | None = Saved(f"{module}.weight", tensor, _indices(module, tensor, config))
+        found = Saved(f"{module}.weight", tensor, _indices(module, tensor, config))
     elif _is_saved_module(name, config) or (config.get("bias") in ("all", "lora_only") and name.endswith(".bias")):
         found = Saved(name.replace(".base_layer.", "."), tensor, None)
+    elif (plain := name.replace(".base_layer.", ".")).split(".")[-2:] in EMBEDDING_LAYERS:
+        found = Saved(plain, tensor, None, copy=True)
     else:
         return None
-    if tensor.dtype not in FLOATING:
-        raise Unsupported(
-            f"{tensor.name!r} has dtype {tensor.dtype}; F32, F16 or BF16 are expected.",
-            code="unsupported_adapter_dtype",
-        )
+    refuse_unreadable(tensor)
     return found
 
 
@@ -69,7 +79,9 @@ def refuse_missing(config: dict[str, Any], names: Iterable[str]) -> None:
         SourceError: `modules_to_save` is no list of names (`adapter_config_invalid`).
     """
     names = list(names)
-    modules = [module for module in _modules(config) if not any(_is_within(name, module) for name in names)]
+    modules = [
+        module for module in names_in(config, "modules_to_save") if not any(_is_within(name, module) for name in names)
+    ]
     if modules:
         raise AdapterMismatch(
             f"modules_to_save names {modules[0][:200]!r}, of which the file holds nothing: it is incomplete.",
@@ -83,16 +95,7 @@ def refuse_missing(config: dict[str, Any], names: Iterable[str]) -> None:
 
 
 def _is_saved_module(name: str, config: dict[str, Any]) -> bool:
-    return any(_is_within(name, module) for module in _modules(config))
-
-
-def _modules(config: dict[str, Any]) -> list[str]:
-    modules = config.get("modules_to_save") or []
-    if not isinstance(modules, list) or not all(isinstance(module, str) and module for module in modules):
-        raise SourceError(
-            f"modules_to_save is {str(modules)[:80]}, a list of names was expected.", code="adapter_config_invalid"
-        )
-    return modules
+    return any(_is_within(name, module) for module in names_in(config, "modules_to_save"))
 
 
 def _is_within(name: str, module: str) -> bool:

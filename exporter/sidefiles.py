@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from dispatcher.artifacts import ArtifactWriter, StoredFile
 from dispatcher.errors import SourceError
@@ -9,9 +10,8 @@ from exporter.attempt import Attempt
 from exporter.checkpoint import INDEX_NAME, changed
 from exporter.documents import read_json_object
 from exporter.gemma import SIDE_FILES, TEMPLATE_FOLDER, TOKENIZER_FILES, TOKENIZER_GROUP
-from exporter.plan import Plan
-from exporter.quantized import config_bytes, without_quantization
-from exporter.sources import MAX_CONFIG_BYTES
+from exporter.quantized import config_bytes
+from exporter.sources import MAX_CONFIG_BYTES, Base
 
 MAX_SIDE_FILE_BYTES = 200_000_000
 BLOCK_BYTES = 1024 * 1024
@@ -49,39 +49,45 @@ def origins(own: Collection[str], base: Collection[str]) -> dict[str, bool]:
     return found
 
 
-def write_side_files(attempt: Attempt, base: Path, adapter: Path, plan: Plan | None) -> list[StoredFile]:
-    """Write config, index and side files into an artifact's directory.
+def write_model_files(attempt: Attempt, base: Base, config: dict[str, Any], index: bytes | None) -> list[StoredFile]:
+    """Write config.json and the index of the weights.
+
+    Args:
+        attempt: Where to.
+        base: The base model; its config.json is copied byte for byte if the output's is the same, so not where it has
+            leftovers of a quantization.
+        config: The output's.
+        index: The bytes of the index, if there are several files of weights.
+    """
+    source = base.directory / "config.json"
+    try:
+        is_same = read_json_object(source, limit=MAX_CONFIG_BYTES) == config
+    except (ValueError, FileNotFoundError) as error:
+        raise changed(source.name) from error  # it could be read when the base was opened
+    if is_same:
+        stored = [publish_copy(attempt, "config.json", source)]
+    else:
+        content = config_bytes(config)
+        stored = [attempt.publish("config.json", lambda writer: writer.write(content))]
+    if index is not None:
+        stored.append(attempt.publish(INDEX_NAME, lambda writer: writer.write(index)))
+    return stored
+
+
+def write_side_files(attempt: Attempt, base: Path, adapter: Path) -> list[StoredFile]:
+    """Write tokenizer, chat template, processor and generation config into an artifact's directory.
 
     Args:
         attempt: Where to.
         base: The base model's directory.
         adapter: The adapter's directory.
-        plan: The streaming engine's plan, whose output needs the base's config and index; None when an engine
-            wrote its own.
     """
     stored = []
-    if plan is not None:
-        stored.append(_publish_config(attempt, base / "config.json"))
-        if plan.index is not None:
-            index = plan.index
-            stored.append(attempt.publish(INDEX_NAME, lambda writer: writer.write(index)))
     for name, source in side_files(base, adapter).items():
         if source.stat().st_size > MAX_SIDE_FILE_BYTES:
             raise SourceError(f"{name} is larger than {MAX_SIDE_FILE_BYTES} bytes.", code="side_file_too_large")
         stored.append(publish_copy(attempt, name, source))
     return stored
-
-
-def _publish_config(attempt: Attempt, source: Path) -> StoredFile:
-    """The base's config as it is, unless it speaks of a quantization."""
-    try:
-        config = read_json_object(source, limit=MAX_CONFIG_BYTES)
-    except (ValueError, FileNotFoundError) as error:
-        raise changed(source.name) from error  # it could be read when the base was opened
-    if (cleaned := without_quantization(config)) == config:
-        return publish_copy(attempt, source.name, source)
-    content = config_bytes(cleaned)
-    return attempt.publish(source.name, lambda writer: writer.write(content), size=len(content))
 
 
 def publish_copy(attempt: Attempt, name: str, source: Path) -> StoredFile:

@@ -8,7 +8,7 @@ import errno
 import hashlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,11 @@ from dispatcher.artifacts import ArtifactStore, StoredFile, file_uri, path_of
 from dispatcher.crc32c import Crc32c
 from dispatcher.errors import NotFound, SourceError, StorageFull, Unavailable
 from exporter import hub
-from exporter.adapter import CONFIG_NAME, WEIGHTS_NAME, refuse_without_weights
+from exporter.adapter import WEIGHTS_NAME, refuse_without_weights
 from exporter.checkpoint import changed, open_checkpoint
 from exporter.documents import read_json_object
 from exporter.gemma import SIDE_FILES, is_side_file
+from exporter.peft_config import CONFIG_NAME
 from exporter.quantized import is_stored_quantized, quantization_of, without_quantization
 
 log = logging.getLogger(__name__)
@@ -157,9 +158,25 @@ def adapter_here(store: ArtifactStore, uri: str, files: list[StoredFile]) -> Ite
     if CONFIG_NAME in names:
         refuse_without_weights([name for name in names if "/" not in name], uri)
     wanted = [file for file in files if file.name in (CONFIG_NAME, WEIGHTS_NAME) or is_side_file(file.name)]
+    with files_here(store, uri, wanted) as directory:
+        yield directory
+
+
+@contextmanager
+def files_here(store: ArtifactStore, uri: str, files: Sequence[StoredFile]) -> Iterator[Path]:
+    """A directory of a store as a local one: itself, or a copy of some files that lasts as long as the `with`.
+
+    Raises:
+        SourceError: `source_encoded`.
+        Unavailable: A file is not what was listed any more (`source_changed`), or cannot be read.
+        StorageFull: No room for the copy.
+    """
+    if not uri.startswith("gs://"):
+        yield path_of(uri)
+        return
     with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
-        log.info("fetching %d files, %d bytes, from %s", len(wanted), sum(file.size for file in wanted), uri)
-        for file in wanted:
+        log.info("fetching %d files, %d bytes, from %s", len(files), sum(file.size for file in files), uri)
+        for file in files:
             _fetch(store, file_uri(uri, file.name), file, Path(scratch) / file.name)
         yield Path(scratch)
 
@@ -175,13 +192,13 @@ def _fetch(store: ArtifactStore, uri: str, listed: StoredFile, target: Path) -> 
                 file.write(block)
             size = reader.size
     except NotFound as error:
-        raise changed("the adapter") from error
+        raise changed(uri) from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise StorageFull(f"no room on this machine for a copy of {uri}: {listed.size} bytes.") from error
         raise Unavailable(f"{uri} cannot be copied: {error.strerror}.") from error
     if (size, crc.text) != (listed.size, listed.crc32c):
-        raise changed("the adapter")
+        raise changed(uri)
 
 
 def _directory_digest(directory: Path) -> str:

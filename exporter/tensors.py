@@ -3,6 +3,7 @@
 Not through mmap: touched pages of a mapping count as resident, so a whole model would.
 """
 
+import math
 import os
 
 import torch
@@ -16,6 +17,8 @@ TORCH_DTYPE = {
     "BF16": torch.bfloat16,
 }
 """The floating dtypes that a fold reads or writes, by their safetensors name."""
+
+COMPARED_ELEMENTS = 1 << 20
 
 
 def read_into(fd: int, buffer: memoryview, offset: int, name: str) -> None:
@@ -49,3 +52,21 @@ def read_elements(file: TensorFile, tensor: Tensor, first: int, count: int) -> t
     with file.open() as source:
         read_into(source.fileno(), memoryview(data), tensor.start + first * dtype.itemsize, file.name)
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+def same_values(file: TensorFile, tensor: Tensor, other_file: TensorFile, other: Tensor) -> bool:
+    """Whether two floating tensors hold the same numbers, of whatever dtypes; read block by block."""
+    if tensor.shape != other.shape:
+        return False
+    total = math.prod(tensor.shape)
+    for first in range(0, total, COMPARED_ELEMENTS):
+        count = min(COMPARED_ELEMENTS, total - first)
+        values, others = read_elements(file, tensor, first, count), read_elements(other_file, other, first, count)
+        if not torch.equal(values.double(), others.double()):
+            return False
+    return True
+
+
+def is_zero(file: TensorFile, tensor: Tensor) -> bool:
+    """Whether a small tensor is zero everywhere."""
+    return not bool(read_tensor(file, tensor).any())

@@ -6,22 +6,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 
-from dispatcher.artifacts import ArtifactReader, ArtifactStore
+from dispatcher.artifacts import ArtifactReader, ArtifactStore, StoredFile
+from dispatcher.crc32c import Crc32c
 from dispatcher.errors import NotFound, Unavailable, VerificationFailed
-from exporter.adapter import Adapter, Change, LoraPair
-from exporter.checkpoint import Checkpoint, Tensor, TensorFile, open_checkpoint
+from exporter.adapter import Adapter
+from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.gemma import Family, canonical_name
-from exporter.plan import OutputFile, Plan
+from exporter.merge import column_norms, matrices_in, own_base
+from exporter.pairs import AddedBias, LoraPair, matrices_of
+from exporter.plan import OutputFile, OutputTensor, Plan
 from exporter.saved import Saved
 from exporter.tensors import TORCH_DTYPE, read_elements, read_tensor
 
 SAMPLED_TENSORS = 12
 SAMPLED_ROWS = 2
 SAMPLED_BYTES = 65536
+READ_BYTES = 4 << 20
 FLOAT32_EPS = 2.0**-24
 
 Item = TypeVar("Item")
@@ -32,47 +36,72 @@ class _Place:
     """A tensor of the output."""
 
     file: OutputFile
-    tensor: Tensor
+    output: OutputTensor
     start: int
     """The offset of its bytes in the file."""
 
     @property
-    def change(self) -> Change | None:
-        """What the plan does to it; None is a copy."""
-        return self.file.changes.get(self.tensor.name)
+    def name(self) -> str:
+        return self.output.tensor.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return TORCH_DTYPE[self.output.tensor.dtype]
+
+    def written(self, reader: ArtifactReader, first: int, count: int) -> torch.Tensor:
+        """`count` of its elements from the flat index `first` on."""
+        size = self.dtype.itemsize
+        return torch.frombuffer(
+            bytearray(reader.read(self.start + first * size, count * size)), dtype=self.dtype, count=count
+        )
 
 
-def verify_merged(store: ArtifactStore, directory: str, plan: Plan, adapter: Adapter) -> dict[str, Any]:
+def verify_merged(
+    store: ArtifactStore, directory: str, plan: Plan, adapter: Adapter, files: Sequence[StoredFile]
+) -> dict[str, Any]:
     """Check the written shards of a plan against the plan, the base and the adapter.
 
-    Every file: its header and size. A sample of merged tensors: rows recomputed in float64 from base and adapter.
-    A sample of replaced ones: rows as the adapter has them. A sample of copied ones: their first bytes.
+    Every file: its header, size, and checksum, read back unless the store itself tells it. A sample of merged tensors:
+    rows recomputed in float64 from base and adapter. A sample of replaced ones: rows as the adapter has them. A sample
+    of copied ones: their first bytes.
+
+    Args:
+        store: Where they are.
+        directory: The version's, in the store.
+        plan: What was to be written.
+        adapter: What was merged.
+        files: What the writing said of the files, checksums included.
 
     Returns:
         What was checked, for the manifest: counts, and the worst error in ulps of the output's dtype.
 
     Raises:
-        VerificationFailed: `nothing_changed`, `header_differs`, `merge_wrong` or `copy_differs`.
+        VerificationFailed: `nothing_changed`, `header_differs`, `checksum_differs`, `merge_wrong` or `copy_differs`.
         Unavailable: A file is not there any more (`artifact_vanished`).
     """
-    if plan.merged + plan.replaced == 0:
+    written = [place for planned in plan.files for place in _written(planned) if place.output.tensor.nbytes]
+    changed = [place for place in written if place.output.change is not None]
+    if not changed:
         raise VerificationFailed("the plan changes no tensor at all.", code="nothing_changed")
-    written = [place for planned in plan.files for place in _written(planned) if place.tensor.nbytes]
-    merged = _spread([(place, pair) for place in written if isinstance(pair := place.change, LoraPair)])
-    replaced = _spread([(place, saved) for place in written if isinstance(saved := place.change, Saved)])
-    copied = _spread([place for place in written if place.change is None])
+    merged = _spread([place for place in changed if not isinstance(place.output.change, Saved)])
+    replaced = _spread([place for place in changed if isinstance(place.output.change, Saved)])
+    copied = _spread([place for place in written if place.output.change is None])
+    checksums = {file.name: file.crc32c for file in files}
+    told = {file.name: file.crc32c for file in store.list(store.uri(directory), checksums=False)}
     worst = 0.0
     for planned in plan.files:
-        with _opened(store, directory, planned) as output:
-            for place, pair in merged:
+        with _opened(store, directory, planned) as reader, planned.source.open() as source:
+            if (told.get(planned.name) or _checksum(reader)) != checksums[planned.name]:
+                raise VerificationFailed(f"{planned.name} is not what was written.", code="checksum_differs")
+            for place in merged:
                 if place.file is planned:
-                    worst = max(worst, _merge_error(output, place, pair, adapter))
-            for place, saved in replaced:
+                    worst = max(worst, _merge_error(reader, place, adapter, source))
+            for place in replaced:
                 if place.file is planned:
-                    _refuse_replacement_that_differs(output, place, saved, adapter)
+                    _refuse_replacement_that_differs(reader, place, adapter)
             for place in copied:
                 if place.file is planned:
-                    _refuse_copy_that_differs(output, place)
+                    _refuse_copy_that_differs(reader, place)
     return {
         "files": len(plan.files),
         "merged_sampled": len(merged),
@@ -128,12 +157,19 @@ def vanished(what: str) -> Unavailable:
     return Unavailable(f"{what} vanished before it was published: try again", code="artifact_vanished")
 
 
+def _checksum(reader: ArtifactReader) -> str:
+    crc = Crc32c()
+    for offset in range(0, reader.size, READ_BYTES):
+        crc.update(reader.read(offset, READ_BYTES))
+    return crc.text
+
+
 def _written(planned: OutputFile) -> list[_Place]:
     """Each tensor of an output file with the offset it was written at."""
     start, found = len(planned.header), []
-    for tensor in planned.source.tensors:
-        found.append(_Place(planned, tensor, start))
-        start += tensor.nbytes
+    for output in planned.tensors:
+        found.append(_Place(planned, output, start))
+        start += output.tensor.nbytes
     return found
 
 
@@ -144,66 +180,81 @@ def _spread(items: Sequence[Item]) -> Sequence[Item]:
     return [items[round(i * (len(items) - 1) / (SAMPLED_TENSORS - 1))] for i in range(SAMPLED_TENSORS)]
 
 
-def _source_bytes(file: TensorFile, offset: int, length: int) -> bytes:
-    with file.open() as source:
-        return os.pread(source.fileno(), length, offset)
+def _refuse_copy_that_differs(reader: ArtifactReader, place: _Place) -> None:
+    length = min(place.output.tensor.nbytes, SAMPLED_BYTES)
+    with place.file.source.open() as source:
+        original = os.pread(source.fileno(), length, place.output.source.start)
+    if reader.read(place.start, length) != original:
+        raise VerificationFailed(f"{place.name} differs from the base's.", code="copy_differs")
 
 
-def _refuse_copy_that_differs(output: ArtifactReader, place: _Place) -> None:
-    length = min(place.tensor.nbytes, SAMPLED_BYTES)
-    if output.read(place.start, length) != _source_bytes(place.file.source, place.tensor.start, length):
-        raise VerificationFailed(f"{place.tensor.name} differs from the base's.", code="copy_differs")
-
-
-def _refuse_replacement_that_differs(output: ArtifactReader, place: _Place, saved: Saved, adapter: Adapter) -> None:
+def _refuse_replacement_that_differs(reader: ArtifactReader, place: _Place, adapter: Adapter) -> None:
     """Compare what was replaced with the adapter's own values, rounded to the base's dtype, as far as is sampled."""
-    dtype = TORCH_DTYPE[place.tensor.dtype]
-    width = math.prod(place.tensor.shape[1:])
-    rows = range(place.tensor.shape[0]) if saved.rows is None else saved.rows
-    sampled = _spread(list(enumerate(rows)))
-    for index, row in sampled:
-        wanted = read_elements(adapter.file, saved.tensor, index * width, width).to(dtype)
-        found = output.read(place.start + row * width * dtype.itemsize, width * dtype.itemsize)
-        if not torch.equal(torch.frombuffer(bytearray(found), dtype=dtype), wanted):
-            raise VerificationFailed(f"row {row} of {place.tensor.name} is not the adapter's.", code="merge_wrong")
+    saved = place.output.change
+    assert isinstance(saved, Saved)  # noqa: S101  # the type checker's sake
+    shape = place.output.tensor.shape
+    width = math.prod(shape[1:])
+    rows = range(shape[0] if shape else 1) if saved.rows is None else saved.rows
+    for index, row in _spread(list(enumerate(rows))):
+        wanted = read_elements(adapter.file, saved.tensor, index * width, width).to(place.dtype)
+        if not torch.equal(place.written(reader, row * width, width), wanted):
+            raise VerificationFailed(f"row {row} of {place.name} is not the adapter's.", code="merge_wrong")
 
 
-def _merge_error(output: ArtifactReader, place: _Place, pair: LoraPair, adapter: Adapter) -> float:
-    """The worst error, in ulps, of some rows of a merged tensor against float64.
+def _merge_error(reader: ArtifactReader, place: _Place, adapter: Adapter, source: BinaryIO) -> float:
+    """The worst error of what is sampled of a merged tensor, in ulps, against float64.
 
-    The bound is half an ulp for the one rounding, plus the float32 error of a dot product of length rank and, with
-    DoRA, of the row's norm (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5).
+    Raises:
+        VerificationFailed: `merge_wrong`.
     """
-    tensor = place.tensor
-    dtype = TORCH_DTYPE[tensor.dtype]
-    rows, width = tensor.shape
-    row_bytes = width * dtype.itemsize
-    a = read_tensor(adapter.file, pair.a).double()
-    b = read_tensor(adapter.file, pair.b)
-    magnitude = None if pair.magnitude is None else read_tensor(adapter.file, pair.magnitude)
     worst = 0.0
-    for row in sorted({rows * i // SAMPLED_ROWS for i in range(SAMPLED_ROWS)}):
-        source = _source_bytes(place.file.source, tensor.start + row * row_bytes, row_bytes)
-        merged = output.read(place.start + row * row_bytes, row_bytes)
-        weight = torch.frombuffer(bytearray(source), dtype=dtype).double()
-        found = torch.frombuffer(bytearray(merged), dtype=dtype)
-        exact = weight + pair.scale * (b[row].double() @ a)
-        slack = (pair.rank + 3) * FLOAT32_EPS * (weight.abs() + abs(pair.scale) * (b[row].double().abs() @ a.abs()))
-        if magnitude is not None:
-            norm = torch.linalg.vector_norm(exact)
-            factor = magnitude[row].double() / norm
-            exact = exact * factor
-            of_norm = (width + 8) * FLOAT32_EPS + torch.linalg.vector_norm(slack) / norm
-            slack = slack * factor.abs() + exact.abs() * of_norm
-        ulp = _ulp(exact, dtype)
-        error = (found.double() - exact).abs()
+    for first, exact, slack in _exact(place, adapter, source):
+        ulp = _ulp(exact, place.dtype)
+        error = (place.written(reader, first, exact.numel()).double() - exact).abs()
         if not bool((error <= 0.5 * ulp + slack).all()):
             raise VerificationFailed(
-                f"row {row} of {tensor.name} is off by {float((error / ulp).max()):.3g} ulp.",
+                f"{place.name} is off by {float((error / ulp).max()):.3g} ulp from element {first} on.",
                 code="merge_wrong",
             )
         worst = max(worst, float((error / ulp).max()))
     return worst
+
+
+def _exact(place: _Place, adapter: Adapter, source: BinaryIO) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Rows of what a tensor should be: the flat index each begins with, float64 values, and their bound of error.
+
+    The bound is half an ulp for the one rounding, plus this slack: the float32 error of a dot product of length rank
+    and, with DoRA, of the norm (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5).
+    """
+    change, tensor = place.output.change, place.output.source
+    count, rows, width = matrices_in(place.output.tensor)
+    if isinstance(change, AddedBias):
+        before = read_elements(place.file.source, tensor, 0, rows).double()
+        added = change.scale * read_tensor(adapter.file, change.tensor).double()
+        yield 0, before + added, 3 * FLOAT32_EPS * (before.abs() + added.abs())
+        return
+    assert isinstance(change, LoraPair)  # noqa: S101  # the type checker's sake
+    sampled = sorted({count * rows * i // SAMPLED_ROWS for i in range(SAMPLED_ROWS)})
+    for number, pair in enumerate(matrices_of(change, adapter.file, place.output.tensor.shape)):
+        norms = None
+        if pair.columns is not None:
+            norms = column_norms(place.output, pair, change, adapter, source).double()
+        for row in (place - number * rows for place in sampled if place // rows == number):
+            first = (number * rows + row) * width
+            own = own_base(change, adapter, row, 1, width)
+            weight = read_elements(place.file.source, tensor, first, width) if own is None else own[0]
+            before, added = weight.double(), pair.scale * (pair.b[row].double() @ pair.a.double())
+            size = before.abs() + abs(pair.scale) * (pair.b[row].double().abs() @ pair.a.double().abs())
+            exact, slack = before + added, (change.rank + 3) * FLOAT32_EPS * size
+            if pair.rows is not None:
+                norm = torch.linalg.vector_norm(exact)
+                factor = pair.rows[row].double() / norm
+                of_norm = (width + 8) * FLOAT32_EPS + torch.linalg.vector_norm(slack) / norm
+                exact, slack = exact * factor, slack * factor.abs() + (exact * factor).abs() * of_norm
+            if norms is not None and pair.columns is not None:
+                factors = pair.columns.double() / norms
+                exact, slack = exact * factors, (slack + (change.rank + 8) * FLOAT32_EPS * size) * factors.abs()
+            yield first, exact, slack
 
 
 def _ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

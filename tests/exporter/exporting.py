@@ -7,8 +7,11 @@ from typing import Any
 from dispatcher.artifacts import ArtifactStore, path_of
 from dispatcher.contract import ExportRecord, ExportType, State, TrainingJob
 from dispatcher.local_artifacts import LocalArtifacts
+from exporter.making import Checks
 from exporter.merged import Result, export_merged
 
+QUICK = Checks(logits=False)
+"""Without the logits, which take a whole model or two; they have tests of their own."""
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
@@ -50,6 +53,7 @@ def export(
     store: Path | ArtifactStore,
     *,
     engine: str = "streaming",
+    checks: Checks = QUICK,
     **document: Any,
 ) -> Result:
     """Export base + adapter into an artifact store, or into the one in a directory.
@@ -59,6 +63,7 @@ def export(
         adapter: Where its adapter lies.
         store: Where to.
         engine: Which engine.
+        checks: How much is verified.
         document: Further fields of the training job's document.
 
     Raises:
@@ -71,6 +76,7 @@ def export(
         engine=engine,
         token=lambda: None,
         hold=Undisturbed(),
+        checks=checks,
     )
 
 

@@ -36,7 +36,7 @@ def test_folding_rows_in_place_equals_the_dense_expression(
 ) -> None:
     weight, a, b, scale, limit = case
     streamed = weight.clone()
-    scratch = torch.full((weight.numel(),), math.nan)
+    scratch = torch.full((2 * weight.numel(),), math.nan)
     for first, count in row_blocks(weight.shape[0], weight.shape[1], limit):
         rows = slice(first, first + count)
         fold_rows_(streamed[rows], first, factors(a, b, scale), scratch)
@@ -52,10 +52,10 @@ def test_with_magnitudes_every_row_gets_its_length(
     weight, a, b, scale, limit = case
     magnitude = torch.randn(weight.shape[0], generator=torch.Generator().manual_seed(seed))
     streamed = weight.clone()
-    scratch = torch.full((weight.numel(),), math.nan)
+    scratch = torch.full((2 * weight.numel(),), math.nan)
     for first, count in row_blocks(weight.shape[0], weight.shape[1], limit):
         rows = slice(first, first + count)
-        fold_rows_(streamed[rows], first, factors(a, b, scale, magnitude), scratch)
+        fold_rows_(streamed[rows], first, factors(a, b, scale, rows=magnitude), scratch)
     total = weight.double() + scale * (b.double() @ a.double())
     norms = torch.linalg.vector_norm(total, dim=1)[:, None]
     exact = total * magnitude.double()[:, None] / norms
@@ -107,5 +107,5 @@ def test_a_value_outside_the_dtype_is_refused(dtype: torch.dtype) -> None:
     weight = torch.zeros(2, 3, dtype=dtype)
     huge = torch.full((1, 3), torch.finfo(dtype).max, dtype=torch.float32)
     with pytest.raises(VerificationFailed) as refused:
-        fold_rows_(weight, 0, factors(huge, torch.full((2, 1), 2.0), 2.0), torch.empty(6))
+        fold_rows_(weight, 0, factors(huge, torch.full((2, 1), 2.0), 2.0), torch.empty(12))
     assert refused.value.error_code == "merge_overflow"

@@ -28,6 +28,7 @@ def make_adapter(
     seed: int = 0,
     layout: Layout = "modules",
     dtype: torch.dtype = torch.float32,
+    save_embeddings: bool | str = False,
     **options: Any,
 ) -> None:
     """Write an adapter for `model` (which stays as it is) to `directory`, as PEFT saves it.
@@ -42,6 +43,7 @@ def make_adapter(
         seed: Of both factors; with B zero, as PEFT starts, nothing would be tested.
         layout: Which transformers generation's module names the keys carry.
         dtype: In which the factors are stored.
+        save_embeddings: `save_embedding_layers` of PEFT's `save_pretrained`.
         options: Further `LoraConfig` fields: `rank_pattern`, `alpha_pattern`, `use_rslora`, ...
     """
     if family in TIED_HEAD and targets == "all-linear":
@@ -55,11 +57,13 @@ def make_adapter(
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(wrapped.named_parameters()):
         values = torch.randn(parameter.shape, generator=generator) * 0.1
-        if "lora_" in name:
+        if "lora_" in name and parameter.dtype != torch.float32:
             parameter.data = values
+        elif "lora_" in name:
+            parameter.data.copy_(values)  # in place: with `ensure_weight_tying` two of them share their memory
         elif any(mark in name for mark in (".modules_to_save.", ".trainable_tokens_delta")) or trains_biases(name):
             parameter.data.copy_(values)  # in its own dtype: PEFT loads it as such, too
-    wrapped.save_pretrained(directory, save_embedding_layers=False)
+    wrapped.save_pretrained(directory, save_embedding_layers=save_embeddings)
     path = directory / "adapter_model.safetensors"
     tensors = {
         PREFIX + renamed(family, layout, key.removeprefix(PREFIX)): tensor.to(dtype)

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import peft
 import safetensors.torch
 import torch
 import transformers
@@ -171,6 +172,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def text_logits(model: Any) -> torch.Tensor:
     """The model's logits for a fixed text prompt, [1, 8, vocabulary], float32."""
+    model = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     inner = model.model if type(model).__name__ == "ShieldGemma2ForImageClassification" else model
     extra = {"token_type_ids": torch.zeros(1, 8, dtype=torch.long)} if inner.config.model_type == "paligemma" else {}
     with torch.no_grad():

@@ -145,7 +145,7 @@ def _gemma4_k_eq_v() -> Any:
 
 def _gemma4_moe() -> Any:
     return _gemma4_text(
-        num_kv_shared_layers=0, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=8
+        num_kv_shared_layers=0, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=12
     )
 
 

@@ -1,0 +1,125 @@
+"""Whether the merged model says what base and adapter say together: logits of both for the same tokens.
+
+PEFT's unmerged model is the reference, since what it computes is what was trained; `merge_and_unload` is not. Only for
+models that fit the memory budget, since it holds a whole one.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dispatcher.errors import ExportError, VerificationFailed
+from exporter.checkpoint import Checkpoint, TensorFile, open_checkpoint
+from exporter.models import is_applied_whole, load_model, quiet
+from exporter.tensors import TORCH_DTYPE
+
+log = logging.getLogger(__name__)
+TOKENS = 16
+LIMITS = {"F32": 1e-3, "F16": 0.02, "BF16": 0.1}
+"""How far the logits may be from the unmerged model's, as a part of the largest of them, by the dtype that the merged
+weights are rounded to."""
+
+
+def memory_needed(base: Checkpoint, adapter: TensorFile) -> int:
+    """Bytes that comparing takes: the model in float32, and the adapter."""
+    elements = sum(math.prod(tensor.shape) for file in base.files for tensor in file.tensors)
+    return 4 * elements + 2 * adapter.size
+
+
+def compare_logits(
+    base: Path, adapter: Path, merged: Path, config: dict[str, Any], merged_config: dict[str, Any], file: TensorFile
+) -> dict[str, Any]:
+    """Compare the logits of base and adapter, unmerged, with those of the merged model; all in float32.
+
+    Args:
+        base: The base's directory.
+        adapter: The adapter's.
+        merged: The merged model's, with its config.json.
+        config: The base's config.json.
+        merged_config: The merged model's.
+        file: The adapter's weights.
+
+    Returns:
+        For the manifest: the largest difference, the limit, how far the base's own logits are, or why they were not
+        compared.
+
+    Raises:
+        VerificationFailed: `logits_differ`.
+    """
+    tokens = _tokens(config)
+    try:
+        with quiet(), torch.inference_mode():
+            unmerged, untrained = _with_and_without(base, adapter, config, file, tokens)
+            found = _logits(load_model(merged, merged_config, torch.float32), merged_config, tokens)
+    except _NotApplied:
+        return {"compared": False, "why": "PEFT does not apply this adapter whole to this base"}
+    except ExportError as error:
+        return {"compared": False, "why": error.message}
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, ImportError) as error:
+        # The libraries' own limits (a vision tower that needs timm, a kind of adapter) say nothing of the artifact.
+        log.warning("the logits are not compared: %s: %s", type(error).__name__, error)
+        return {"compared": False, "why": f"{type(error).__name__} in transformers or PEFT"}
+    scale = max(1.0, float(unmerged.abs().max()))
+    difference = float((found - unmerged).abs().max())
+    limit = max(LIMITS.get(name, LIMITS["BF16"]) for name in _dtypes(merged)) * scale
+    report = {
+        "compared": True,
+        "tokens": len(tokens),
+        "largest_difference": _rounded(difference),
+        "limit": _rounded(limit),
+        "base_differs_by": _rounded(float((untrained - unmerged).abs().max())),
+    }
+    if not difference <= limit:
+        raise VerificationFailed(
+            f"the merged model's logits are up to {difference:.3g} from those of base and adapter; "
+            f"the limit is {limit:.3g}.",
+            code="logits_differ",
+        )
+    return report
+
+
+class _NotApplied(Exception):
+    """PEFT loaded only part of the adapter, so it is no reference."""
+
+
+def _with_and_without(
+    base: Path, adapter: Path, config: dict[str, Any], file: TensorFile, tokens: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of base and adapter, and of the base alone."""
+    from peft import PeftModel
+
+    model = load_model(base, config, torch.float32)
+    untrained = _logits(model, config, tokens)
+    wrapped = PeftModel.from_pretrained(model, adapter)
+    if not is_applied_whole(wrapped, file):
+        raise _NotApplied
+    return _logits(wrapped.get_base_model(), config, tokens), untrained
+
+
+def _logits(model: Any, config: dict[str, Any], tokens: Sequence[int]) -> torch.Tensor:
+    """[1, tokens, vocabulary], float32; of a classifier over a language model, that model's."""
+    inner = model if hasattr(model, "lm_head") else model.model
+    ids = torch.tensor([tokens])
+    extra = {"token_type_ids": torch.zeros_like(ids)} if config.get("model_type") == "paligemma" else {}
+    logits: torch.Tensor = inner(input_ids=ids, **extra).logits
+    return logits.float()
+
+
+def _tokens(config: dict[str, Any]) -> list[int]:
+    """Some ids of any vocabulary, none of which stands for an image or a sound."""
+    special = {value for name, value in config.items() if name.endswith(("_token_id", "_token_index"))}
+    return [token for token in range(10, 10 + 4 * TOKENS) if token not in special][:TOKENS]
+
+
+def _dtypes(directory: Path) -> set[str]:
+    files = open_checkpoint(directory).files
+    return {tensor.dtype for file in files for tensor in file.tensors if tensor.dtype in TORCH_DTYPE}
+
+
+def _rounded(value: float) -> float:
+    """Two digits: sums in float32 differ between machines."""
+    return float(f"{value:.2g}")

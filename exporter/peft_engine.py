@@ -1,0 +1,124 @@
+"""The reference engine: PEFT's own `merge_and_unload`, on the whole model in memory.
+
+Kept to compare with, and as the way out (`--engine peft`) for what the streaming engine refuses as unsupported.
+"""
+
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+
+from dispatcher.errors import AdapterMismatch, SourceError, Unsupported
+from exporter.adapter import WEIGHTS_NAME, refuse_not_finite
+from exporter.attempt import Attempt
+from exporter.checkpoint import Checkpoint, TensorFile, open_checkpoint, read_tensor_file
+from exporter.documents import read_json_object
+from exporter.gemma import family_of
+from exporter.lease import Report
+from exporter.making import WRITE_FROM, WRITE_TO, Checks, Made, checked_logits
+from exporter.models import is_applied_whole, load_model, quiet
+from exporter.peft_config import read_config, refuse_unmergeable
+from exporter.plan import is_tied
+from exporter.sidefiles import publish_copy, write_side_files
+from exporter.sources import MAX_CONFIG_BYTES, Base
+from exporter.verify import verify_reference
+
+DTYPE = torch.bfloat16
+"""What the model is loaded and saved in, as the platform did before the streaming engine."""
+
+
+def peft_version() -> str:
+    """What decides this engine's bytes, besides base and adapter."""
+    import peft
+    import transformers
+
+    return f"peft-{peft.__version__}+transformers-{transformers.__version__}+torch-{torch.__version__}"
+
+
+def memory_needed(base: Checkpoint) -> int:
+    """Bytes that merging takes at its height: the model, and a copy of its largest tensors while it is saved."""
+    elements = sum(math.prod(tensor.shape) for file in base.files for tensor in file.tensors)
+    return 2 * DTYPE.itemsize * elements
+
+
+def make(attempt: Attempt, base: Base, adapter_dir: Path, report: Report, checks: Checks) -> Made:
+    """Merge in memory and on local disk, then publish.
+
+    Raises:
+        ExportError: As `merge_with_peft`, or a failed check.
+    """
+    report("merging", WRITE_FROM)
+    checkpoint = open_checkpoint(base.directory)
+    with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
+        output = Path(scratch)
+        merged, copied = merge_with_peft(base, adapter_dir, output)
+        report("verifying", WRITE_FROM)
+        verified = verify_reference(output, checkpoint, family_of(base.config))
+        files = write_side_files(attempt, base.directory, adapter_dir)
+        taken = {file.name for file in files}
+        for path in sorted(output.iterdir()):
+            if path.is_file() and path.name not in taken:
+                report("publishing", WRITE_TO)
+                files.append(publish_copy(attempt, path.name, path))
+        config = read_json_object(output / "config.json", limit=MAX_CONFIG_BYTES)
+    verified["logits"] = checked_logits(attempt, files, base, checkpoint, adapter_dir, config, checks)
+    return Made(files, {"merged": merged, "copied": copied}, verified)
+
+
+def merge_with_peft(base: Base, adapter: Path, output: Path) -> tuple[int, int]:
+    """Load base and adapter, merge, and save weights and config into `output`.
+
+    Args:
+        base: The base model, local.
+        adapter: A PEFT adapter directory with `adapter_model.safetensors`.
+        output: An existing, empty directory.
+
+    Returns:
+        How many tensors were merged, and how many were not.
+
+    Raises:
+        SourceError: `adapter_weights_missing`, or `base_not_loadable` when transformers cannot load the base.
+        Unsupported: What PEFT itself merges wrong (`unsupported_tied_lm_head`, `unsupported_embedding_lora`,
+            `unsupported_tied_embedding`), or cannot merge (`peft_failed`).
+        AdapterMismatch: NaN in the adapter, `adapter_unmatched` when PEFT applied only part of it, of which it only
+            warns, and those of `refuse_unmergeable`.
+    """
+    if not (adapter / WEIGHTS_NAME).is_file():
+        raise SourceError(f"{adapter} has no {WEIGHTS_NAME}.", code="adapter_weights_missing")
+    file = read_tensor_file(adapter / WEIGHTS_NAME)
+    refuse_unmergeable(read_config(adapter))
+    _refuse_what_peft_gets_wrong(file, base)
+    refuse_not_finite(file)
+    # Three seconds of imports that the streaming engine does without.
+    from peft import PeftModel
+
+    try:
+        with quiet():
+            wrapped = PeftModel.from_pretrained(load_model(base.directory, base.config, DTYPE), adapter)
+            if not is_applied_whole(wrapped, file):
+                raise AdapterMismatch(
+                    "PEFT did not apply the adapter whole: its modules are not this base's.", code="adapter_unmatched"
+                )
+            targeted = len(wrapped.targeted_module_names)
+            merged = wrapped.merge_and_unload()
+            merged.save_pretrained(output)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise Unsupported(f"PEFT could not merge it: {type(error).__name__}: {error}", code="peft_failed") from error
+    return targeted, len(merged.state_dict()) - targeted
+
+
+def _refuse_what_peft_gets_wrong(file: TensorFile, base: Base) -> None:
+    """On a tied model PEFT changes the one tensor that head and embedding share for the sake of one, or forgets one."""
+    if not is_tied(base.config):
+        return
+    for tensor in file.tensors:
+        if "lm_head." in tensor.name:
+            code = "unsupported_tied_lm_head"
+        elif "lora_embedding_" in tensor.name:
+            code = "unsupported_embedding_lora"
+        elif tensor.name.endswith(".embed_tokens.weight"):
+            code = "unsupported_tied_embedding"
+        else:
+            continue
+        raise Unsupported(f"{tensor.name[:200]!r}: PEFT merges this wrong on a base with tied embeddings.", code=code)
