@@ -18,6 +18,9 @@ class Family:
 
     renames: tuple[tuple[str, str], ...]
     """Regular expressions and replacements, applied in order, from any layout's names to the canonical ones"""
+    hidden_head: bool = False
+    """Whether PEFT does not find the head, which is of a model inside the model; it then trains tokens of the embedding
+    alone. Source: `peft.utils.other._get_module_names_tied_with_embedding`."""
 
 
 _LEADING_MODEL = (r"^(?:model\.)+", "")
@@ -48,7 +51,7 @@ FAMILIES: dict[str, Family] = {
     "gemma4": Family(_PLAIN),
     "gemma4_unified_text": Family(_PLAIN),
     "gemma4_unified": Family(_UNIFIED),
-    "shieldgemma2": Family(_LLAVA),
+    "shieldgemma2": Family(_LLAVA, hidden_head=True),
     "paligemma": Family(_LLAVA),
 }
 """A test compares the renames with the installed library's own. Source:

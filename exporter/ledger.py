@@ -28,26 +28,24 @@ def ledger_of(plan: Plan, adapter: Adapter, family: Family, deltas: Mapping[str,
         deltas: Of each changed tensor of the output, how far it went; empty before anything was written.
 
     Raises:
-        VerificationFailed: `ledger_unbalanced`: a tensor of the adapter was used never, or by two changes.
+        VerificationFailed: `ledger_unbalanced`: a tensor of the adapter was not used.
     """
     used: dict[str, dict[str, Any]] = {}
     for change, outputs in _uses(plan):
         for tensor in change.tensors:
-            if tensor.name in used:
-                raise _unbalanced(f"two changes use the adapter's {tensor.name!r}")
-            used[tensor.name] = {"operation": _operation(change) if outputs else "confirmed", "tensors": outputs}
+            # Twice only the adapter's own embedding: its pair is added to it, and the head that was tied to it is it.
+            entry = used.setdefault(tensor.name, {"operation": _operation(change, outputs), "tensors": []})
+            entry["tensors"] = sorted({*entry["tensors"], *outputs})
     if missing := sorted({tensor.name for tensor in adapter.file.tensors} - used.keys()):
-        raise _unbalanced(f"nothing uses the adapter's {missing[0]!r}")
+        raise VerificationFailed(
+            f"the ledger does not balance: nothing uses the adapter's {missing[0]!r}.", code="ledger_unbalanced"
+        )
     return {
         "format_version": FORMAT_VERSION,
         "adapter": dict(sorted(used.items())),
         "output": {output.tensor.name: _entry(output, deltas) for output in plan.outputs},
         "towers": towers(plan, family),
     }
-
-
-def _unbalanced(what: str) -> VerificationFailed:
-    return VerificationFailed(f"the ledger does not balance: {what}.", code="ledger_unbalanced")
 
 
 def _uses(plan: Plan) -> list[tuple[Change, list[str]]]:
@@ -60,7 +58,9 @@ def _uses(plan: Plan) -> list[tuple[Change, list[str]]]:
     return [*uses.values(), *((change, []) for change in plan.unneeded)]
 
 
-def _operation(change: Change) -> str:
+def _operation(change: Change, outputs: list[str]) -> str:
+    if not outputs:
+        return "confirmed"
     match change:
         case Saved():
             return "replaced"

@@ -21,7 +21,9 @@ def quiet() -> Iterator[None]:
     # Seconds of imports that the streaming engine does without.
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    had_bars = transformers.utils.logging.is_progress_bar_enabled()
+    if had_bars:
+        transformers.utils.logging.disable_progress_bar()
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity(logging.CRITICAL)
     try:
@@ -30,7 +32,8 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         transformers.utils.logging.set_verbosity(level)
-        transformers.utils.logging.enable_progress_bar()
+        if had_bars:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def load_model(directory: Path, config: dict[str, Any], dtype: torch.dtype) -> Any:

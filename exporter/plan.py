@@ -127,7 +127,9 @@ def plan_merge(base: Checkpoint, adapter: Adapter, family: Family, config: Mappi
     stored = base.tensors()
     resolved = resolve(adapter, base, family, tied=tied)
     embedding = next((name for name in stored if canonical_name(name, family) in EMBEDDINGS), None)
-    settled = settle(resolved.targets, adapter.file, stored, embedding if tied else None)
+    settled = settle(
+        resolved.targets, adapter.file, stored, embedding if tied else None, hidden_head=family.hidden_head
+    )
     head = next((name for name in stored if canonical_name(name, family) == HEAD), None)
     changes = _by_tensor(settled.targets, head or (head_name(embedding) if embedding else HEAD), tied=tied)
     if tied and not settled.untied and head and embedding in changes:

@@ -33,7 +33,9 @@ class Settled:
     """Whether the head, which has no tensor in a tied base, gets one."""
 
 
-def settle(targets: Sequence[Target], file: TensorFile, stored: Stored, embedding: str | None) -> Settled:
+def settle(
+    targets: Sequence[Target], file: TensorFile, stored: Stored, embedding: str | None, *, hidden_head: bool
+) -> Settled:
     """Tell copies from changes, and decide whether embedding and head stay one tensor.
 
     Args:
@@ -41,6 +43,7 @@ def settle(targets: Sequence[Target], file: TensorFile, stored: Stored, embeddin
         file: The adapter's.
         stored: The base's tensors.
         embedding: The name of the embedding in a base that ties its head to it; None when they are not tied.
+        hidden_head: Whether PEFT trains single tokens in the embedding alone.
     """
     targets, confirmed = _without_copies(targets, file, stored, embedding)
     if embedding is None:
@@ -50,15 +53,16 @@ def settle(targets: Sequence[Target], file: TensorFile, stored: Stored, embeddin
     if of_head and len(of_head) == len(of_embedding) == 1 and _are_twins(of_embedding[0], of_head[0], file):
         kept = [target for target in targets if target.name != HEAD]
         return Settled(tuple(kept), (*confirmed, *of_head), untied=False)
-    # PEFT trains single tokens in both places as one, unless it is told otherwise and then stores both.
-    tied = not of_head and not any(_is_of_one_layer(change) for change in of_embedding)
+    tied = not of_head and not any(_is_of_one_layer(change, hidden_head) for change in of_embedding)
     if not tied and not of_head and (copy := _base_of(of_embedding)) is not None:
         targets = [*targets, Target(Saved(HEAD, copy, None), HEAD)]
     return Settled(tuple(targets), tuple(confirmed), untied=not tied)
 
 
-def _is_of_one_layer(change: Change) -> bool:
-    return not (isinstance(change, Saved) and (change.rows is not None or change.copy))
+def _is_of_one_layer(change: Change, hidden_head: bool) -> bool:
+    """PEFT trains single tokens in both places as one, if it finds both, unless it is told otherwise and stores both;
+    and a copy of one tensor is one of both."""
+    return not isinstance(change, Saved) or (hidden_head if change.rows is not None else not change.copy)
 
 
 def _base_of(changes: Sequence[Change]) -> Tensor | None:

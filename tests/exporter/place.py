@@ -19,7 +19,7 @@ from dispatcher.sqlite_records import SqliteRecords
 from dispatcher.tokens import FileTokens
 from exporter.job import ExitCode, Order, Stores, run_job
 from exporter.lease import utc_now
-from tests.exporter.exporting import NOW, merged_record, training_document
+from tests.exporter.exporting import NOW, QUICK, merged_record, training_document
 from tests.gemmas import make_adapter, save_base
 
 EXPORT = "job-1.merged"
@@ -34,7 +34,7 @@ class Place:
         self.artifacts = LocalArtifacts(root / "artifacts")
         self.tokens = FileTokens(root / "tokens")
         self.stop = threading.Event()
-        self.stores = Stores(self.records, self.artifacts, self.tokens, lease_seconds=60, max_attempts=3)
+        self.stores = Stores(self.records, self.artifacts, self.tokens, lease_seconds=60, max_attempts=3, checks=QUICK)
         model = save_base("gemma3_text", root / "base")
         make_adapter("gemma3_text", model, root / "adapter")
         document = training_document(root / "base", "")

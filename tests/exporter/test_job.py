@@ -165,11 +165,11 @@ def test_the_triggers_lease_is_adopted(place: Place) -> None:
 
 def test_a_permanent_fault_is_recorded_and_said_again(place: Place) -> None:
     place.queue()
-    edit_config(place.root / "adapter", use_qalora=True)
+    edit_config(place.root / "adapter", init_lora_weights="pissa")
     assert place.run(execution="e1", export_id=EXPORT) is ExitCode.FAILED
     record = place.record()
     assert record.error is not None
-    assert record.error.code == "unsupported_use_qalora"
+    assert record.error.code == "adapter_base_mutated"
     assert not record.error.retryable
     assert place.files() == []
     assert place.run(execution="e1", export_id=EXPORT) is ExitCode.FAILED
@@ -178,9 +178,9 @@ def test_a_permanent_fault_is_recorded_and_said_again(place: Place) -> None:
 
 def test_an_operator_reruns_a_failed_export_after_mending_it(place: Place) -> None:
     place.queue()
-    edit_config(place.root / "adapter", use_qalora=True)
+    edit_config(place.root / "adapter", init_lora_weights="pissa")
     place.run()
-    edit_config(place.root / "adapter", use_qalora=False)
+    edit_config(place.root / "adapter", init_lora_weights=True)
     assert place.run() is ExitCode.DONE
     assert place.record().state is State.COMPLETED
     assert place.record().error is None

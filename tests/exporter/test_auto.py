@@ -1,0 +1,112 @@
+"""`--engine auto`: PEFT stands in for what the streaming engine does not support, and for nothing else."""
+
+import logging
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+from dispatcher.artifacts import path_of
+from dispatcher.errors import AdapterMismatch, Unsupported
+from exporter import engines, peft_engine
+from exporter.checkpoint import open_checkpoint
+from exporter.making import Checks
+from tests.exporter.damage import edit_adapter, edit_config
+from tests.exporter.exporting import export
+from tests.exporter.matrix import of_type
+from tests.gemmas import load_model, make_adapter, save_base, text_logits
+
+
+@pytest.fixture
+def loha(tmp_path: Path) -> Path:
+    """A base, and an adapter of a PEFT type that is not LoRA."""
+    model = save_base("gemma3_text", tmp_path / "base")
+    of_type(peft.LoHaConfig(r=2, target_modules=["q_proj"]))("gemma3_text", model, tmp_path / "adapter")
+    return tmp_path
+
+
+def test_what_streaming_does_not_support_peft_makes(loha: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        result = export(loha / "base", loha / "adapter", loha / "store", engine="auto", checks=Checks())
+    assert result.summary["engine"] == "peft"
+    assert result.summary["verified"]["logits"]["compared"]
+    assert "'LOHA'" in caplog.text
+    merged = text_logits(load_model(path_of(result.artifact.uri), dtype=torch.float32))
+    wanted = peft.PeftModel.from_pretrained(load_model(loha / "base", dtype=torch.float32), loha / "adapter")
+    torch.testing.assert_close(merged, text_logits(wanted), rtol=0.02, atol=0.02)
+    again = export(loha / "base", loha / "adapter", loha / "store", engine="auto")
+    assert again.artifact == result.artifact
+
+
+def test_by_name_streaming_is_not_replaced(loha: Path) -> None:
+    with pytest.raises(Unsupported) as refused:
+        export(loha / "base", loha / "adapter", loha / "store", engine="streaming")
+    assert refused.value.error_code == "unsupported_peft_type_loha"
+
+
+def test_a_model_that_does_not_fit_the_memory_is_refused(loha: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = peft_engine.memory_needed(open_checkpoint(loha / "base"))
+    monkeypatch.setattr(engines, "available_memory", lambda: needed)  # and the adapter comes on top
+    with pytest.raises(Unsupported) as refused:
+        export(loha / "base", loha / "adapter", loha / "store", engine="auto")
+    assert refused.value.error_code == "unsupported_peft_type_loha"
+    assert "GiB of memory" in refused.value.message
+    assert not [path for path in (loha / "store").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("limit", ["max", str(1 << 40), "not there"])
+def test_the_memory_is_the_containers_where_that_is_less(
+    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "CGROUP", tmp_path)
+    if limit != "not there":
+        (tmp_path / "memory.max").write_text(limit + "\n")
+        (tmp_path / "memory.current").write_text("1000\n")
+    machine = engines.available_memory()
+    assert machine > 100 << 20
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert engines.available_memory() == 4000
+
+
+def test_a_mismatch_is_never_handed_on(tmp_path: Path) -> None:
+    """PEFT would apply what fits, and only warn of the rest."""
+    model = save_base("gemma3_text", tmp_path / "base")
+    make_adapter("gemma3_text", model, tmp_path / "adapter")
+    edit_adapter(
+        tmp_path / "adapter", lambda own: {key.replace("layers.1", "layers.9"): value for key, value in own.items()}
+    )
+    with pytest.raises(AdapterMismatch) as refused:
+        export(tmp_path / "base", tmp_path / "adapter", tmp_path / "store", engine="auto")
+    assert refused.value.error_code == "adapter_unmatched"
+
+
+@pytest.mark.parametrize("engine", ["auto", "streaming", "peft"])
+def test_a_mutated_base_is_refused_by_every_engine(engine: str, tmp_path: Path) -> None:
+    model = save_base("gemma3_text", tmp_path / "base")
+    make_adapter("gemma3_text", model, tmp_path / "adapter", targets=["q_proj"], init_lora_weights="pissa_niter_4")
+    with pytest.raises(AdapterMismatch) as refused:
+        export(tmp_path / "base", tmp_path / "adapter", tmp_path / "store", engine=engine)
+    assert refused.value.error_code == "adapter_base_mutated"
+    assert "path_initial_model_for_weight_conversion" in refused.value.message
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")  # while it converts
+def test_a_converted_pissa_adapter_is_an_ordinary_one(tmp_path: Path) -> None:
+    """As PEFT says to save it: against the original base, with twice the rank."""
+    model = save_base("gemma3_text", tmp_path / "base", dtype=torch.float32)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    wrapped = peft.get_peft_model(model, config)
+    wrapped.peft_config["default"].init_lora_weights = True
+    wrapped.save_pretrained(tmp_path / "initial")
+    wrapped.peft_config["default"].init_lora_weights = "pissa"
+    for _, parameter in wrapped.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1
+    trained = text_logits(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    edit_config(tmp_path / "adapter", base_model_name_or_path="somewhere")
+    result = export(tmp_path / "base", tmp_path / "adapter", tmp_path / "store")
+    merged = text_logits(load_model(path_of(result.artifact.uri)))
+    torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-4)
