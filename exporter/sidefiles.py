@@ -1,43 +1,52 @@
 """The files beside the weights: config, tokenizer, chat template, processor, generation config."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from dispatcher.artifacts import ArtifactWriter, StoredFile
 from dispatcher.errors import SourceError
 from exporter.attempt import Attempt
-from exporter.checkpoint import INDEX_NAME
-from exporter.gemma import SIDE_FILES, TOKENIZER_FILES, TOKENIZER_GROUP
-from exporter.sources import TEMPLATE_FOLDER, Base
+from exporter.checkpoint import INDEX_NAME, changed
+from exporter.documents import read_json_object
+from exporter.gemma import SIDE_FILES, TEMPLATE_FOLDER, TOKENIZER_FILES, TOKENIZER_GROUP
+from exporter.quantized import config_bytes
+from exporter.sources import MAX_CONFIG_BYTES, Base
 
 MAX_SIDE_FILE_BYTES = 200_000_000
 BLOCK_BYTES = 1024 * 1024
 
 
 def side_files(base: Path, adapter: Path) -> dict[str, Path]:
-    """Where each side file comes from: the adapter's own where it has one, else the base's.
+    """Where each side file comes from: the adapter's own where it has one, else the base's; see `origins`."""
+    names = origins(side_file_names(adapter), side_file_names(base))
+    return {name: (adapter if own else base) / name for name, own in names.items()}
 
-    A tokenizer and its chat template belong together: where the adapter has a tokenizer, all of that comes from the
-    adapter, so that a template inside its `tokenizer_config.json` is not overruled by a file of the base. Only
-    `tokenizer.model`, which transformers 5 does not save, comes from the base then.
+
+def side_file_names(directory: Path) -> list[str]:
+    """The side files that are there, by their path in the directory."""
+    templates = (f"{TEMPLATE_FOLDER}/{path.name}" for path in (directory / TEMPLATE_FOLDER).glob("*.jinja"))
+    return [name for name in (*SIDE_FILES, *sorted(templates)) if (directory / name).is_file()]
+
+
+def origins(own: Collection[str], base: Collection[str]) -> dict[str, bool]:
+    """Which side files an output has, and of each whether it is its own or the base's.
+
+    A tokenizer and its chat template belong together: where there is an own tokenizer, all of that is its own, so that
+    a template inside its `tokenizer_config.json` is not overruled by a file of the base. Only `tokenizer.model`, which
+    transformers 5 does not save, comes from the base then.
+
+    Args:
+        own: The side files of what was trained.
+        base: Those of its base.
     """
-    has_tokenizer = any((adapter / name).is_file() for name in TOKENIZER_FILES)
-    names = (*SIDE_FILES, *_templates(base), *_templates(adapter))
-    found = {}
-    for name in names:
+    has_tokenizer = any(name in own for name in TOKENIZER_FILES)
+    found = dict.fromkeys(own, True)
+    for name in base:
         whole = has_tokenizer and (name in TOKENIZER_GROUP or name.startswith(f"{TEMPLATE_FOLDER}/"))
-        places = (adapter,) if whole else (adapter, base)
-        source = next((directory / name for directory in places if (directory / name).is_file()), None)
-        if source is not None:
-            found[name] = source
+        if name not in found and not whole:
+            found[name] = False
     return found
-
-
-def _templates(directory: Path) -> Iterator[str]:
-    for path in sorted((directory / TEMPLATE_FOLDER).glob("*.jinja")):
-        yield f"{TEMPLATE_FOLDER}/{path.name}"
 
 
 def write_model_files(attempt: Attempt, base: Base, config: dict[str, Any], index: bytes | None) -> list[StoredFile]:
@@ -45,14 +54,20 @@ def write_model_files(attempt: Attempt, base: Base, config: dict[str, Any], inde
 
     Args:
         attempt: Where to.
-        base: The base model; its config.json is copied byte for byte if the output's is the same.
+        base: The base model; its config.json is copied byte for byte if the output's is the same, so not where it has
+            leftovers of a quantization.
         config: The output's.
         index: The bytes of the index, if there are several files of weights.
     """
-    if config == base.config:
-        stored = [publish_copy(attempt, "config.json", base.directory / "config.json")]
+    source = base.directory / "config.json"
+    try:
+        is_same = read_json_object(source, limit=MAX_CONFIG_BYTES) == config
+    except (ValueError, FileNotFoundError) as error:
+        raise changed(source.name) from error  # it could be read when the base was opened
+    if is_same:
+        stored = [publish_copy(attempt, "config.json", source)]
     else:
-        content = json.dumps(config, indent=2).encode() + b"\n"
+        content = config_bytes(config)
         stored = [attempt.publish("config.json", lambda writer: writer.write(content))]
     if index is not None:
         stored.append(attempt.publish(INDEX_NAME, lambda writer: writer.write(index)))
