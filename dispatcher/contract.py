@@ -116,6 +116,9 @@ class TrainingJob(BaseModel):
     status: str
     base_model_id: str
     base_model_revision: str | None = None
+    merge_base: str | None = None
+    """The 16-bit model to merge into where `base_model_id` is a quantized one: a hub id, optionally `@revision`, or a
+    directory. The platform need not say it where names tell (see `exporter.bases`)."""
     provider: Literal["unsloth", "huggingface"] = "huggingface"
     adapter_path: str | None = None
 

@@ -7,7 +7,7 @@ ascending, without overlap or hole. Source: https://github.com/huggingface/safet
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -220,29 +220,51 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 def _open_sharded(directory: Path) -> Checkpoint:
     index_path = directory / INDEX_NAME
     try:
-        weight_map = read_json_object(index_path, limit=MAX_INDEX_BYTES).get("weight_map")
+        index = read_json_object(index_path, limit=MAX_INDEX_BYTES)
     except ValueError as error:
-        raise _bad_index(str(error)[:200]) from error
-    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
-        raise _bad_index("weight_map must map tensor names to file names")
+        raise bad_index(str(error)[:200], "base") from error
+    weight_map = weight_map_of(index, "base")
     files = []
     for name in sorted(set(weight_map.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise _bad_index(f"{name[:200]!r} is not the name of a safetensors file beside it")
         if not (directory / name).is_file():
             raise SourceError(f"{name} is missing, but {INDEX_NAME} names it.", code="base_missing")
         files.append(read_tensor_file(directory / name))
-    found = {tensor.name: file.name for file in files for tensor in file.tensors}
-    if len(found) != sum(len(file.tensors) for file in files):
-        raise _bad_index("a tensor occurs in two of its files")
-    astray = sorted(name for name, file in weight_map.items() if found.get(name) != file)
-    if astray:
-        raise _bad_index(f"{len(astray)} tensors are not in the file it names, first {astray[0][:200]!r}")
+    refuse_astray(weight_map, {file.name: file.tensors for file in files}, "base")
     return Checkpoint(tuple(files), index_path.read_bytes())
 
 
-def _bad_index(what: str) -> SourceError:
-    return SourceError(f"{INDEX_NAME} cannot be used: {what}.", code="base_index_invalid")
+def weight_map_of(index: Mapping[str, Any], role: str) -> dict[str, str]:
+    """Which file, beside it, an index says that each tensor is in.
+
+    Raises:
+        SourceError: `{role}_index_invalid`.
+    """
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        raise bad_index("weight_map must map tensor names to file names", role)
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise bad_index(f"{name[:200]!r} is not the name of a safetensors file beside it", role)
+    return weight_map
+
+
+def refuse_astray(weight_map: Mapping[str, str], files: Mapping[str, Sequence[Tensor]], role: str) -> None:
+    """Refuse an index that contradicts the headers of its files.
+
+    Raises:
+        SourceError: `{role}_index_invalid`.
+    """
+    found = {tensor.name: file for file, tensors in files.items() for tensor in tensors}
+    if len(found) != sum(map(len, files.values())):
+        raise bad_index("a tensor occurs in two of its files", role)
+    astray = sorted(name for name, file in weight_map.items() if found.get(name) != file)
+    if astray:
+        raise bad_index(f"{len(astray)} tensors are not in the file it names, first {astray[0][:200]!r}", role)
+
+
+def bad_index(what: str, role: str) -> SourceError:
+    """What is raised when the index of a `role` (the base, or a whole model) is none."""
+    return SourceError(f"{INDEX_NAME} cannot be used: {what}.", code=f"{role}_index_invalid")
 
 
 def header_bytes(tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -13,8 +13,17 @@ def read_json_object(path: Path, *, limit: int) -> dict[str, Any]:
     """
     if path.stat().st_size > limit:
         raise ValueError(f"it is larger than {limit} bytes")
+    return parse_json_object(path.read_bytes())
+
+
+def parse_json_object(content: bytes) -> dict[str, Any]:
+    """The JSON object that is all of `content`.
+
+    Raises:
+        ValueError: It is not JSON, nested too deeply, or not an object; the message says which.
+    """
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(content)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(document, dict):

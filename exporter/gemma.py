@@ -141,6 +141,14 @@ SIDE_FILES = (
 )
 """What a user loads beside the weights. transformers 5 does not save `tokenizer.model`, and GGUF needs it."""
 
+TEMPLATE_FOLDER = "additional_chat_templates"
+"""Where templates besides the chat's own lie, as `*.jinja`."""
+
+UNBOUNDED = re.compile(r"\.(in|out)put_(min|max)$")
+"""Bounds that Gemma 4's towers clip to, where infinity means none: no sign of a training that diverged. Source:
+https://github.com/huggingface/transformers/blob/main/src/transformers/models/gemma4/modeling_gemma4.py
+(Gemma4ClippableLinear)"""
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 """Either of these is a tokenizer."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -173,25 +181,24 @@ def head_name(embedding: str) -> str:
     return f"language_model.{HEAD}" if embedding.startswith("language_model.model.") else HEAD
 
 
-def family_of(config: dict[str, Any]) -> Family:
-    """The family that a config.json declares.
+def is_side_file(name: str) -> bool:
+    """Whether a file of this name, or path inside its model, is one that a user loads beside the weights."""
+    folder, _, last = name.rpartition("/")
+    return last.endswith(".jinja") if folder == TEMPLATE_FOLDER else name in SIDE_FILES
+
+
+def family_of(config: dict[str, Any], *, role: str = "base") -> Family:
+    """The family that the config.json of a `role` (the base, or a whole model) declares.
 
     Raises:
-        SourceError: `base_not_gemma` for anything that is not in `FAMILIES`; `base_quantized` when the weights
-            are stored quantized, so that a 16-bit merge into them would not be the model that was trained.
+        SourceError: `{role}_not_gemma` for anything that is not in `FAMILIES`.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise SourceError(
-            f"the base's config.json has model_type {str(model_type)[:80]!r}; "
+            f"the {role}'s config.json has model_type {str(model_type)[:80]!r}; "
             f"this exports Gemma models: {', '.join(FAMILIES)}.",
-            code="base_not_gemma",
-        )
-    if config.get("quantization_config") is not None:
-        raise SourceError(
-            "the base's weights are stored quantized (config.json has a quantization_config). "
-            "Register the matching 16-bit base.",
-            code="base_quantized",
+            code=f"{role}_not_gemma",
         )
     return FAMILIES[model_type]
 

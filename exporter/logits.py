@@ -19,9 +19,12 @@ from exporter.tensors import TORCH_DTYPE
 
 log = logging.getLogger(__name__)
 TOKENS = 16
-LIMITS = {"F32": 1e-3, "F16": 0.02, "BF16": 0.1}
-"""How far the logits may be from the unmerged model's, as a part of the largest of them, by the dtype that the merged
-weights are rounded to."""
+OF_CHANGE = 0.25
+"""How far the logits may be from the unmerged model's, as a part of how far the base's own are; root mean squares. An
+adapter that is merged by half, or twice, is half of it or all of it away."""
+OF_LOGITS = {"F32": 1e-4, "F16": 4e-3, "BF16": 2e-2}
+"""How far at least, as a part of the logits themselves, by the dtype that the merged weights are rounded to: what an
+adapter changes less than that, the rounding hides."""
 
 
 def memory_needed(base: Checkpoint, adapter: TensorFile) -> int:
@@ -44,8 +47,7 @@ def compare_logits(
         file: The adapter's weights.
 
     Returns:
-        For the manifest: the largest difference, the limit, how far the base's own logits are, or why they were not
-        compared.
+        For the manifest: how far they are, the limit, how far the base's own are; or why they were not compared.
 
     Raises:
         VerificationFailed: `logits_differ`.
@@ -63,23 +65,26 @@ def compare_logits(
         # The libraries' own limits (a vision tower that needs timm, a kind of adapter) say nothing of the artifact.
         log.warning("the logits are not compared: %s: %s", type(error).__name__, error)
         return {"compared": False, "why": f"{type(error).__name__} in transformers or PEFT"}
-    scale = max(1.0, float(unmerged.abs().max()))
-    difference = float((found - unmerged).abs().max())
-    limit = max(LIMITS.get(name, LIMITS["BF16"]) for name in _dtypes(merged)) * scale
-    report = {
-        "compared": True,
-        "tokens": len(tokens),
-        "largest_difference": _rounded(difference),
-        "limit": _rounded(limit),
-        "base_differs_by": _rounded(float((untrained - unmerged).abs().max())),
-    }
+    difference, change = _rms(found - unmerged), _rms(untrained - unmerged)
+    rounding = max(OF_LOGITS.get(name, OF_LOGITS["BF16"]) for name in _dtypes(merged))
+    limit = max(OF_CHANGE * change, rounding * _rms(unmerged))
     if not difference <= limit:
         raise VerificationFailed(
-            f"the merged model's logits are up to {difference:.3g} from those of base and adapter; "
-            f"the limit is {limit:.3g}.",
+            f"the merged model's logits are {difference:.3g} (root mean square) from those of base and adapter; "
+            f"the limit is {limit:.3g}, the base's own are {change:.3g} away.",
             code="logits_differ",
         )
-    return report
+    return {
+        "compared": True,
+        "tokens": len(tokens),
+        "rms_difference": _rounded(difference),
+        "rms_limit": _rounded(limit),
+        "rms_difference_of_base": _rounded(change),
+    }
+
+
+def _rms(values: torch.Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
 
 
 class _NotApplied(Exception):

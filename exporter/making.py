@@ -21,6 +21,8 @@ class Made:
     files: list[StoredFile]
     tensors: dict[str, Any]
     verified: dict[str, Any]
+    config: dict[str, Any]
+    """The output's config.json"""
 
 
 @dataclass(frozen=True)

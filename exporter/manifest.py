@@ -7,7 +7,8 @@ not, and does not count when two manifests are compared.
 import hashlib
 import importlib.metadata
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import pydantic
@@ -48,6 +49,16 @@ class Identity:
         return replace(self, nonce=self.version)
 
 
+@dataclass(frozen=True)
+class History:
+    """What else a manifest says of what an artifact was made from; it decides no byte."""
+
+    of_base: Mapping[str, Any] = field(default_factory=dict)
+    """Such as which base was asked for"""
+    of_adapter: Mapping[str, Any] = field(default_factory=dict)
+    """Such as what it was trained on"""
+
+
 class _File(pydantic.BaseModel):
     name: str
     bytes: int
@@ -78,6 +89,7 @@ def manifest_of(
     files: list[StoredFile],
     tensors: dict[str, Any],
     verified: dict[str, Any],
+    history: History,
 ) -> dict[str, Any]:
     """The comparable part of a manifest: everything but `run`."""
     return {
@@ -85,8 +97,8 @@ def manifest_of(
         "version": identity.version,
         "export_type": identity.export_type,
         "quantization": identity.quantization,
-        "base": {"id": identity.base_id, "revision": identity.base_revision},
-        "adapter": {"uri": adapter_uri, "fingerprint": identity.adapter_fingerprint},
+        "base": {"id": identity.base_id, "revision": identity.base_revision, **history.of_base},
+        "adapter": {"uri": adapter_uri, "fingerprint": identity.adapter_fingerprint, **history.of_adapter},
         "engine": {"name": identity.engine, "version": identity.engine_version},
         "libraries": library_versions(),
         "tensors": tensors,

@@ -20,6 +20,7 @@ IMAGE = "path/to/image.png"
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 DIRECTORY = "directory:"
 """How the revision of a base begins that is not on the hub; a relative path may look like an id."""
+CLASS_NAME = re.compile(r"[A-Za-z0-9_]{1,80}")
 MAX_TEXT = 200
 
 
@@ -30,17 +31,32 @@ class CardFacts:
     base_id: str
     """A hub id; or a directory, of which only the last part is told"""
     base_revision: str
-    adapter_fingerprint: str
+    trained_fingerprint: str
+    """Of the adapter, or of the whole model in its place"""
+    is_merged: bool
+    """Whether it is an adapter that was merged; otherwise a whole model, passed on as it was trained"""
     engine: str
     engine_version: str
-    model_type: str
-    """Of the merged model's config.json; a key of `FAMILIES`"""
-    architecture: str
-    """Of the merged model's config.json"""
+    config: Mapping[str, Any]
+    """What the model's config.json says; its `model_type` is a key of `FAMILIES`"""
     tensors: Mapping[str, Any]
     verified: Mapping[str, Any]
     files: frozenset[str]
     """The names of all other files of the artifact"""
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config["model_type"])
+
+    @property
+    def architecture(self) -> str:
+        """The class that config.json names, or else the family's own."""
+        declared = self.config.get("architectures")
+        match declared:
+            case [str(name)] if CLASS_NAME.fullmatch(name):
+                return name
+            case _:
+                return FAMILIES[self.model_type].architecture
 
 
 def model_card(facts: CardFacts) -> str:
@@ -53,7 +69,7 @@ def model_card(facts: CardFacts) -> str:
     parts = [
         _front_matter(facts, licence),
         f"# {_name(facts)}",
-        "A Gemma model and a LoRA adapter merged into one model. It needs neither of the two, nor PEFT, to run.",
+        _MERGED if facts.is_merged else _WHOLE,
         _provenance(facts),
         "## Tensors",
         _table(facts.tensors),
@@ -64,7 +80,7 @@ def model_card(facts: CardFacts) -> str:
         *_usage(facts),
         "## Licence",
         f"[{licence.name}]({licence.link}). {licence.duties}",
-        "Notice of modification: the weights were changed from the base's by merging a fine-tuned adapter into them.",
+        f"Notice of modification: the weights were changed from the base's by {_CHANGED[facts.is_merged]}.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -77,7 +93,14 @@ def _front_matter(facts: CardFacts, licence: License) -> str:
         # Quoted: an id may read as a number or as `no`.
         lines += [f"base_model: {json.dumps(facts.base_id)}", "base_model_relation: finetune"]
     lines.append(f"pipeline_tag: {use_of(facts.architecture).pipeline_tag}")
-    lines += ["tags:", "- gemma", f"- {facts.model_type}", "- lora", "- merged", "- gemma-export", "---"]
+    lines += [
+        "tags:",
+        "- gemma",
+        f"- {facts.model_type}",
+        *(["- lora", "- merged"] if facts.is_merged else []),
+        "- gemma-export",
+        "---",
+    ]
     return "\n".join(lines)
 
 
@@ -87,7 +110,7 @@ def _provenance(facts: CardFacts) -> str:
         {
             "base model": base,
             "revision": facts.base_revision,
-            "adapter fingerprint": facts.adapter_fingerprint,
+            f"{'adapter' if facts.is_merged else 'model'} fingerprint": facts.trained_fingerprint,
             "engine": f"{facts.engine} {facts.engine_version}",
             "class": facts.architecture,
         }
@@ -132,7 +155,7 @@ def _last_part(uri: str) -> str:
 def _name(facts: CardFacts) -> str:
     """A name for the model, safe as a heading and as a shell word."""
     stem = re.sub(r"[^A-Za-z0-9.-]+", "-", _last_part(facts.base_id)).strip("-.")[:80]
-    return f"{stem or 'gemma'}-merged"
+    return f"{stem or 'gemma'}-{'merged' if facts.is_merged else 'fine-tuned'}"
 
 
 def _usage(facts: CardFacts) -> list[str]:
@@ -177,6 +200,9 @@ def _vllm(facts: CardFacts) -> str:
     return "\n".join([*lines, "```"])
 
 
+_MERGED = "A Gemma model and a LoRA adapter merged into one model. It needs neither of the two, nor PEFT, to run."
+_WHOLE = "A fine-tuned Gemma model, as it was trained: no adapter was merged, and no weight was changed since."
+_CHANGED = {True: "merging a fine-tuned adapter into them", False: "fine-tuning"}
 _TEXT_CHAT = """
 from transformers import {auto_class}, AutoTokenizer
 

@@ -1,8 +1,6 @@
 """The output's config.json: the base's, with what the merge changed."""
 
 import copy
-import json
-from collections.abc import Mapping
 from typing import Any
 
 from exporter.plan import Plan
@@ -26,10 +24,3 @@ def merged_config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
         if not isinstance(text, dict) or name == "tie_word_embeddings" or name in edited:
             edited[name] = value
     return edited
-
-
-def config_bytes(original: bytes, config: Mapping[str, Any]) -> bytes:
-    """What to write as config.json: the base's very bytes, unless `config` says something else."""
-    if json.loads(original) == config:
-        return original
-    return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"

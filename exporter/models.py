@@ -37,7 +37,7 @@ def quiet() -> Iterator[None]:
 
 
 def load_model(directory: Path, config: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The model in a directory, of the class that its config.json names, in eval mode.
+    """The model in a directory, of the class that a config.json names, with that config, in eval mode.
 
     Raises:
         SourceError: transformers has no such class (`base_not_loadable`).
@@ -49,7 +49,9 @@ def load_model(directory: Path, config: dict[str, Any], dtype: torch.dtype) -> A
     model_class = getattr(transformers, str(architectures[0]), None)
     if model_class is None:
         raise SourceError(f"transformers has no class {str(architectures[0])[:80]!r}.", code="base_not_loadable")
-    return model_class.from_pretrained(directory, dtype=dtype, trust_remote_code=False).eval()
+    # Read from the directory, a leftover of a quantization that the weights do not have would be believed.
+    known = transformers.CONFIG_MAPPING[str(config.get("model_type"))].from_dict(config)
+    return model_class.from_pretrained(directory, config=known, dtype=dtype, trust_remote_code=False).eval()
 
 
 def is_applied_whole(wrapped: Any, file: TensorFile) -> bool:

@@ -64,7 +64,7 @@ def make(attempt: Attempt, base: Base, adapter_dir: Path, report: Report, checks
                 files.append(publish_copy(attempt, path.name, path))
         config = read_json_object(output / "config.json", limit=MAX_CONFIG_BYTES)
     verified["logits"] = checked_logits(attempt, files, base, checkpoint, adapter_dir, config, checks)
-    return Made(files, {"merged": merged, "copied": copied}, verified)
+    return Made(files, {"merged": merged, "copied": copied}, verified, config)
 
 
 def merge_with_peft(base: Base, adapter: Path, output: Path) -> tuple[int, int]:

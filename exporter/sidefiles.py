@@ -1,51 +1,38 @@
 """The files beside the weights: config, tokenizer, chat template, processor, generation config."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from dispatcher.artifacts import ArtifactWriter, StoredFile
 from dispatcher.errors import SourceError
 from exporter.attempt import Attempt
-from exporter.checkpoint import INDEX_NAME
+from exporter.checkpoint import INDEX_NAME, changed
 from exporter.documents import read_json_object
 from exporter.gemma import (
-    LEGACY_TEMPLATE_FILE,
     SIDE_FILES,
     TEMPLATE_FILE,
     TEMPLATE_FILES,
+    TEMPLATE_FOLDER,
     TOKENIZER_CONFIG,
     TOKENIZER_FILES,
     TOKENIZER_GROUP,
 )
-from exporter.model_config import config_bytes
-from exporter.sources import TEMPLATE_FOLDER, Base
+from exporter.quantized import config_bytes
+from exporter.sources import MAX_CONFIG_BYTES, Base
 
-CONFIG_NAME = "config.json"
 MAX_SIDE_FILE_BYTES = 200_000_000
 BLOCK_BYTES = 1024 * 1024
 
 
 def side_files(base: Path, adapter: Path) -> dict[str, Path]:
-    """Where each side file comes from: the adapter's own where it has one, else the base's.
-
-    A tokenizer's files belong together: where the adapter has a tokenizer, all of them come from the adapter. Only
-    `tokenizer.model`, which transformers 5 does not save, comes from the base then. A chat template's belong together
-    as well, in whichever form the adapter has one.
+    """Where each side file comes from: the adapter's own where it has one, else the base's; see `origins`.
 
     Raises:
         SourceError: `side_file_invalid`: a tokenizer_config.json that is none.
     """
-    has_tokenizer = any((adapter / name).is_file() for name in TOKENIZER_FILES)
-    found = {}
-    for name in SIDE_FILES:
-        whole = has_tokenizer and name in TOKENIZER_GROUP
-        places = (adapter,) if whole else (adapter, base)
-        source = next((directory / name for directory in places if (directory / name).is_file()), None)
-        if source is not None and name not in TEMPLATE_FILES:
-            found[name] = source
-    source = _source_of_template(base, adapter)
-    return found if source is None else found | _template_files(source)
+    names = origins(side_file_names(adapter), side_file_names(base), has_template=_has_template(adapter))
+    return {name: (adapter if own else base) / name for name, own in names.items()}
 
 
 def inner_template(base: Path, adapter: Path) -> bytes | None:
@@ -56,18 +43,18 @@ def inner_template(base: Path, adapter: Path) -> bytes | None:
     Raises:
         SourceError: As `side_files`.
     """
-    source = _source_of_template(base, adapter)
-    return None if source is None or (source / TEMPLATE_FILE).is_file() else _inside_tokenizer_config(source)
+    source = adapter if _has_template(adapter) else base
+    return None if (source / TEMPLATE_FILE).is_file() else _inside_tokenizer_config(source)
 
 
-def _source_of_template(base: Path, adapter: Path) -> Path | None:
-    return next((place for place in (adapter, base) if _template_files(place) or _inside_tokenizer_config(place)), None)
+def _has_template(directory: Path) -> bool:
+    return (
+        any((directory / name).is_file() for name in TEMPLATE_FILES) or _inside_tokenizer_config(directory) is not None
+    )
 
 
-def _template_files(directory: Path) -> dict[str, Path]:
-    files = {name: directory / name for name in (TEMPLATE_FILE, LEGACY_TEMPLATE_FILE) if (directory / name).is_file()}
-    further = sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))
-    return files | {f"{TEMPLATE_FOLDER}/{path.name}": path for path in further}
+def _is_template(name: str) -> bool:
+    return name in TEMPLATE_FILES or name.startswith(f"{TEMPLATE_FOLDER}/")
 
 
 def _inside_tokenizer_config(directory: Path) -> bytes | None:
@@ -88,19 +75,58 @@ def _inside_tokenizer_config(directory: Path) -> bytes | None:
         ) from error
 
 
-def write_model_files(attempt: Attempt, base: Base, config: Mapping[str, Any], index: bytes | None) -> list[StoredFile]:
+def side_file_names(directory: Path) -> list[str]:
+    """The side files that are there, by their path in the directory."""
+    templates = (f"{TEMPLATE_FOLDER}/{path.name}" for path in (directory / TEMPLATE_FOLDER).glob("*.jinja"))
+    return [name for name in (*SIDE_FILES, *sorted(templates)) if (directory / name).is_file()]
+
+
+def origins(own: Collection[str], base: Collection[str], *, has_template: bool | None = None) -> dict[str, bool]:
+    """Which side files an output has, and of each whether it is its own or the base's.
+
+    A tokenizer's files belong together: where there is an own tokenizer, all of them are its own. Only
+    `tokenizer.model`, which transformers 5 does not save, comes from the base then. A chat template's belong together
+    as well, in whichever form there is an own one.
+
+    Args:
+        own: The side files of what was trained.
+        base: Those of its base.
+        has_template: Whether what was trained has a chat template, which may be inside its `tokenizer_config.json`;
+            where that is not known, a tokenizer counts as one.
+    """
+    has_tokenizer = any(name in own for name in TOKENIZER_FILES)
+    if has_template is None:
+        has_template = has_tokenizer or any(name in own for name in TEMPLATE_FILES)
+    found = dict.fromkeys(own, True)
+    for name in base:
+        whole = has_template if _is_template(name) else has_tokenizer and name in TOKENIZER_GROUP
+        if name not in found and not whole:
+            found[name] = False
+    return found
+
+
+def write_model_files(attempt: Attempt, base: Base, config: dict[str, Any], index: bytes | None) -> list[StoredFile]:
     """Write config.json and the index of the weights.
 
     Args:
         attempt: Where to.
-        base: The base model; its config.json is copied byte for byte if it says what the output's is to say.
+        base: The base model; its config.json is copied byte for byte if the output's is the same, so not where it has
+            leftovers of a quantization.
         config: The output's.
         index: The bytes of the index, if there are several files of weights.
     """
-    original = (base.directory / CONFIG_NAME).read_bytes()
-    stored = [_publish_bytes(attempt, CONFIG_NAME, config_bytes(original, config))]
+    source = base.directory / "config.json"
+    try:
+        is_same = read_json_object(source, limit=MAX_CONFIG_BYTES) == config
+    except (ValueError, FileNotFoundError) as error:
+        raise changed(source.name) from error  # it could be read when the base was opened
+    if is_same:
+        stored = [publish_copy(attempt, "config.json", source)]
+    else:
+        content = config_bytes(config)
+        stored = [attempt.publish("config.json", lambda writer: writer.write(content))]
     if index is not None:
-        stored.append(_publish_bytes(attempt, INDEX_NAME, index))
+        stored.append(attempt.publish(INDEX_NAME, lambda writer: writer.write(index)))
     return stored
 
 
@@ -121,12 +147,8 @@ def write_side_files(attempt: Attempt, base: Path, adapter: Path) -> list[Stored
             raise SourceError(f"{name} is larger than {MAX_SIDE_FILE_BYTES} bytes.", code="side_file_too_large")
         stored.append(publish_copy(attempt, name, source))
     if (template := inner_template(base, adapter)) is not None:
-        stored.append(_publish_bytes(attempt, TEMPLATE_FILE, template))
+        stored.append(attempt.publish(TEMPLATE_FILE, lambda writer: writer.write(template), size=len(template)))
     return stored
-
-
-def _publish_bytes(attempt: Attempt, name: str, content: bytes) -> StoredFile:
-    return attempt.publish(name, lambda writer: writer.write(content), size=len(content))
 
 
 def publish_copy(attempt: Attempt, name: str, source: Path) -> StoredFile:

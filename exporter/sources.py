@@ -17,19 +17,19 @@ from typing import Any
 from dispatcher.artifacts import ArtifactStore, StoredFile, file_uri, path_of
 from dispatcher.crc32c import Crc32c
 from dispatcher.errors import NotFound, SourceError, StorageFull, Unavailable
+from exporter import hub
 from exporter.adapter import WEIGHTS_NAME, refuse_without_weights
-from exporter.checkpoint import changed
+from exporter.checkpoint import changed, open_checkpoint
 from exporter.documents import read_json_object
-from exporter.gemma import SIDE_FILES
+from exporter.gemma import SIDE_FILES, is_side_file
 from exporter.peft_config import CONFIG_NAME
+from exporter.quantized import is_stored_quantized, quantization_of, without_quantization
 
 log = logging.getLogger(__name__)
 MAX_CONFIG_BYTES = 10_000_000
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja")
 """What an export can use; never a pickle."""
-ADAPTER_FILES = frozenset({CONFIG_NAME, WEIGHTS_NAME, *SIDE_FILES})
-"""What an export uses of an adapter's own folder."""
-TEMPLATE_FOLDER = "additional_chat_templates"
+SIDE_PATTERNS = ("config.json", *SIDE_FILES, "*.jinja")
 BLOCK_BYTES = 8 << 20
 
 TokenSource = Callable[[], str | None]
@@ -44,6 +44,31 @@ class Base:
     """The hub's commit, or `directory:` and a digest of file names, sizes and times of change."""
     directory: Path
     config: dict[str, Any]
+    """Without leftovers of a quantization that the weights do not have."""
+    requested: str | None = None
+    """What the training job names, where that is another model."""
+    trained_on: dict[str, str] | None = None
+    """The quantized model that the adapter was trained on, as far as is known: `id`, `revision`, `quantization`."""
+
+
+class QuantizedBase(SourceError):
+    """The weights of a base are stored quantized: nothing is merged into them, its 16-bit twin has to be found.
+
+    Args:
+        model_id: Which base.
+        method: How it is quantized, in a word.
+        config: Its config.json.
+    """
+
+    code = "base_quantized"
+
+    def __init__(self, model_id: str, method: str, config: dict[str, Any]) -> None:
+        super().__init__(
+            f"the base {model_id} is stored quantized ({method}), into which nothing is merged: the 16-bit model that "
+            "it was made from is wanted."
+        )
+        self.method = method
+        self.config = config
 
 
 def local_path(uri: str) -> Path | None:
@@ -65,8 +90,23 @@ def open_base(model_id: str, revision: str | None, token: TokenSource) -> Base:
     Raises:
         SourceError: `base_uri_unsupported`, `base_missing`, `base_config_invalid`, or one of the hub's answers
             (`base_gated`, `hub_token_invalid`).
+        QuantizedBase: Its weights are quantized; none of them was fetched. What its config says alone does not count:
+            16-bit weights that were saved with such a leftover are used.
         Unavailable: The hub did not answer.
     """
+    return _open(model_id, revision, token, weights=True)
+
+
+def open_side_files(model_id: str, revision: str | None, token: TokenSource) -> Base:
+    """As `open_base`, but from the hub only config, tokenizer and what else lies beside the weights, however stored.
+
+    Raises:
+        SourceError, Unavailable: As `open_base`.
+    """
+    return _open(model_id, revision, token, weights=False)
+
+
+def _open(model_id: str, revision: str | None, token: TokenSource, *, weights: bool) -> Base:
     directory = local_path(model_id)
     if model_id.startswith("gs://"):
         raise SourceError(
@@ -75,10 +115,17 @@ def open_base(model_id: str, revision: str | None, token: TokenSource) -> Base:
             code="base_uri_unsupported",
         )
     if directory is None:
-        return _from_hub(model_id, revision, token())
+        return _from_hub(model_id, revision, token(), weights=weights)
     if not directory.is_dir():
         raise SourceError(f"the base model's directory {directory} does not exist.", code="base_missing")
-    return Base(model_id, f"directory:{_directory_digest(directory)}", directory, _read_config(directory))
+    revision = f"directory:{_directory_digest(directory)}"
+    config = _read_config(directory)
+    method = quantization_of(config)
+    if weights and method is not None:
+        tensors = open_checkpoint(directory).tensors()
+        if is_stored_quantized({name: tensor.dtype for name, (_, tensor) in tensors.items()}):
+            raise QuantizedBase(model_id, method, config)
+    return Base(model_id, revision, directory, without_quantization(config))
 
 
 def is_current(base: Base) -> bool:
@@ -110,7 +157,8 @@ def adapter_here(store: ArtifactStore, uri: str, files: list[StoredFile]) -> Ite
     names = [file.name for file in files]
     if CONFIG_NAME in names:
         refuse_without_weights([name for name in names if "/" not in name], uri)
-    with files_here(store, uri, [file for file in files if _is_usable(file.name)]) as directory:
+    wanted = [file for file in files if file.name in (CONFIG_NAME, WEIGHTS_NAME) or is_side_file(file.name)]
+    with files_here(store, uri, wanted) as directory:
         yield directory
 
 
@@ -131,11 +179,6 @@ def files_here(store: ArtifactStore, uri: str, files: Sequence[StoredFile]) -> I
         for file in files:
             _fetch(store, file_uri(uri, file.name), file, Path(scratch) / file.name)
         yield Path(scratch)
-
-
-def _is_usable(name: str) -> bool:
-    folder, _, last = name.rpartition("/")
-    return last.endswith(".jinja") if folder == TEMPLATE_FOLDER else name in ADAPTER_FILES
 
 
 def _fetch(store: ArtifactStore, uri: str, listed: StoredFile, target: Path) -> None:
@@ -179,46 +222,18 @@ def _read_config(directory: Path) -> dict[str, Any]:
         ) from error
 
 
-def _from_hub(model_id: str, revision: str | None, token: str | None) -> Base:
-    # Costs half a second, and a base in a directory does not need it.
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    where = f"base model {model_id!r}" + (f" at revision {revision!r}" if revision else "")
-    try:
-        if not constants.HF_HUB_OFFLINE:
-            # A download alone would take what an earlier caller left in the cache, and ask nobody.
-            hub = HfApi(token=token or False)
-            hub.auth_check(model_id)
-            revision = hub.model_info(model_id, revision=revision).sha
-        directory = Path(
-            snapshot_download(model_id, revision=revision, token=token or False, allow_patterns=list(HUB_PATTERNS))
+def _from_hub(model_id: str, revision: str | None, token: str | None, *, weights: bool) -> Base:
+    repository = hub.look_up(model_id, revision, token)
+    if not weights:
+        hub.fetch(repository, token, SIDE_PATTERNS)
+        return Base(
+            model_id, repository.commit, repository.directory, without_quantization(_read_config(repository.directory))
         )
-    except GatedRepoError as error:
-        raise SourceError(
-            f"{where} is gated: accept its licence on the hub and POST again with the hf_token of an account "
-            "that has access.",
-            code="base_gated",
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise SourceError(
-            f"{where} is neither a directory here nor found on the hub. Check the id; a private model "
-            "needs an hf_token.",
-            code="base_missing",
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status == 401:
-            raise SourceError(
-                f"the hub refused the token for {where}: POST again with a valid hf_token.",
-                code="hub_token_invalid",
-            ) from error
-        raise Unavailable(f"the hub did not deliver {where}: try again later.", code="hub_unavailable") from error
-    return Base(model_id, directory.name, directory, _read_config(directory))
+    if repository.is_gguf:
+        raise QuantizedBase(model_id, "GGUF", {})
+    config = _read_config(repository.directory)
+    method = quantization_of(config)
+    if method is not None and is_stored_quantized(hub.stored_dtypes(repository, token)):
+        raise QuantizedBase(model_id, method, config)
+    hub.fetch(repository, token, HUB_PATTERNS)
+    return Base(model_id, repository.commit, repository.directory, without_quantization(config))

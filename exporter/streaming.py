@@ -67,7 +67,7 @@ def stream(attempt: Attempt, base: Base, adapter_dir: Path, report: Report, chec
         tensors["mapped_to_tower"] = plan.tower
     if plan.untied:
         tensors["untied"] = True
-    return Made(files, tensors, verified)
+    return Made(files, tensors, verified, config)
 
 
 def _write_shards(

@@ -82,6 +82,18 @@ def test_an_adapter_is_answered_at_once_and_written_back(world: World) -> None:
     assert world.submit(export_type="adapter") == record
 
 
+def test_a_whole_model_is_answered_as_it_lies_too(world: World) -> None:
+    """A full fine-tune lies where adapters do; `adapter` is whatever the training left there."""
+    model = world.home / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors", "optimizer.pt"):
+        (model / name).write_text("x")
+    world.job(adapter_path=str(model))
+    record = world.submit(export_type="adapter")
+    assert (record.state, record.path, record.artifacts[0].files) == (State.COMPLETED, str(model), 3)
+    assert world.submit().state is State.QUEUED
+
+
 def test_a_changed_adapter_replaces_the_adapter_record(world: World) -> None:
     """The fingerprint follows what lies there now."""
     world.job()

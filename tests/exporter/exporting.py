@@ -54,15 +54,24 @@ def export(
     *,
     engine: str = "streaming",
     checks: Checks = QUICK,
+    **document: Any,
 ) -> Result:
     """Export base + adapter into an artifact store, or into the one in a directory.
+
+    Args:
+        base: The training job's `base_model_id`.
+        adapter: Where its adapter lies.
+        store: Where to.
+        engine: Which engine.
+        checks: How much is verified.
+        document: Further fields of the training job's document.
 
     Raises:
         ExportError: As `export_merged`.
     """
     return export_merged(
         LocalArtifacts(store) if isinstance(store, Path) else store,
-        TrainingJob.from_document("job-1", training_document(base, adapter)),
+        TrainingJob.from_document("job-1", {**training_document(base, adapter), **document}),
         merged_record(),
         engine=engine,
         token=lambda: None,
@@ -71,6 +80,6 @@ def export(
     )
 
 
-def merged_into(base: Path | str, adapter: Path, store: Path, *, engine: str = "streaming") -> Path:
+def merged_into(base: Path | str, adapter: Path, store: Path, *, engine: str = "streaming", **document: Any) -> Path:
     """As `export`; the directory of the merged model."""
-    return path_of(export(base, adapter, store, engine=engine).artifact.uri)
+    return path_of(export(base, adapter, store, engine=engine, **document).artifact.uri)

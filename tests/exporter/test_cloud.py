@@ -147,8 +147,8 @@ def test_an_adapter_that_is_none_is_refused_as_on_a_disk(
     assert store.children("merged_models/job-1") == []
 
 
-def test_a_base_in_a_bucket_is_refused_in_words(place: Path, store: GcsArtifacts) -> None:
+def test_a_base_in_a_bucket_is_refused_in_words(adapter: str, store: GcsArtifacts) -> None:
     """It is no id of the hub's either."""
     with pytest.raises(ExportError) as error:
-        export("gs://bucket/base", place / "adapter", store)
+        export("gs://bucket/base", adapter, store)
     assert error.value.error_code == "base_uri_unsupported"

@@ -22,11 +22,11 @@ from tests.gemmas import make_adapter, save_base
 FACTS = CardFacts(
     base_id="google/gemma-3-4b-it",
     base_revision="093f9f388b31de276ce2de164bdc2081324b9767",
-    adapter_fingerprint="5" * 64,
+    trained_fingerprint="5" * 64,
+    is_merged=True,
     engine="streaming",
     engine_version="1+torch-2.13.0",
-    model_type="gemma3",
-    architecture="Gemma3ForConditionalGeneration",
+    config={"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},
     tensors={"merged": 238, "copied": 645, "towers": {"vision": {"merged": 2}}},
     verified={"files": 2, "worst_error_ulp": 0.5003},
     files=frozenset({"config.json", "chat_template.jinja", "processor_config.json", "tokenizer.json"}),
@@ -58,7 +58,7 @@ def test_the_hub_reads_what_it_was_made_from_and_how_it_is_used() -> None:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_each_family_says_its_own_licence(model_type: str) -> None:
     """Gemma 4 is under Apache 2.0, all before it under Google's own terms."""
-    text = card(model_type=model_type, architecture=FAMILIES[model_type].architecture)
+    text = card(config={"model_type": model_type})
     data = front_matter(text)
     apache = model_type.startswith("gemma4")
     assert data["license"] == ("apache-2.0" if apache else "gemma")
@@ -129,9 +129,10 @@ def test_nothing_from_outside_can_break_the_card(
     text = card(
         base_id=base_id,
         base_revision=revision,
-        adapter_fingerprint=fingerprint,
+        trained_fingerprint=fingerprint,
         engine=engine,
         engine_version=engine,
+        config={"model_type": "gemma3", "architectures": [f"{value}ForConditionalGeneration"]},
         tensors={key: value, "merged": [value]},
         verified={value: {key: value}},
     )
@@ -180,7 +181,7 @@ def test_only_what_the_files_allow_is_shown(files: frozenset[str], blocks: int, 
 
 
 def test_a_classifier_is_shown_as_one() -> None:
-    text = card(model_type="gemma2", architecture="Gemma2ForSequenceClassification")
+    text = card(config={"model_type": "gemma2", "architectures": ["Gemma2ForSequenceClassification"]})
     assert "AutoModelForSequenceClassification.from_pretrained" in text
     assert "generate" not in text
     assert front_matter(text)["pipeline_tag"] == "text-classification"
@@ -198,6 +199,21 @@ def test_every_artifact_has_the_card_in_its_manifest_and_no_one_elses(engine: st
     assert str(place.root) not in text
     listed = {entry["name"]: entry["bytes"] for entry in json.loads((merged / "export.json").read_text())["files"]}
     assert listed[CARD_NAME] == (merged / CARD_NAME).stat().st_size
+
+
+def test_a_whole_model_is_not_called_merged() -> None:
+    text = card(is_merged=False, engine="passthrough")
+    assert "Notice of modification: the weights were changed from the base's by fine-tuning." in text
+    assert f"| model fingerprint | `{'5' * 64}` |" in text
+    assert "gemma-3-4b-it-fine-tuned" in text
+    assert "merging" not in text
+    assert {"lora", "merged"}.isdisjoint(front_matter(text)["tags"])
+
+
+@pytest.mark.parametrize("declared", [None, [], "Gemma3ForCausalLM", [1], ["x`y"], ["A", "B"]])
+def test_without_a_class_in_the_config_it_is_the_familys(declared: object) -> None:
+    text = card(config={"model_type": "gemma3", "architectures": declared})
+    assert "| class | `Gemma3ForConditionalGeneration` |" in text
 
 
 def test_two_exports_of_the_same_have_the_same_card(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests.gemmas import (
     build_model,
     file_tensors,
     make_adapter,
+    quantize_in_place,
     save_base,
 )
 
@@ -165,6 +166,10 @@ def _no_base_config(place: Path) -> None:
     (place / "base" / "config.json").unlink()
 
 
+def _quantized_base(place: Path) -> None:
+    quantize_in_place(place / "base")
+
+
 def _broken_base_config(place: Path) -> None:
     (place / "base" / "config.json").write_text("{")
 
@@ -239,9 +244,7 @@ def _eight_bit(tensors: Tensors) -> Tensors:
         pytest.param(_cut("base/model.safetensors"), "safetensors_truncated", id="base cut short"),
         pytest.param(_base_config(model_type="llama"), "base_not_gemma", id="base is no Gemma"),
         pytest.param(_base_config(model_type=["gemma"]), "base_not_gemma", id="base type is no text"),
-        pytest.param(
-            _base_config(quantization_config={"quant_method": "bitsandbytes"}), "base_quantized", id="base is quantized"
-        ),
+        pytest.param(_quantized_base, "base_quantized", id="base is quantized"),
         pytest.param(_base_tensors(_two_layouts_at_once), "adapter_ambiguous", id="two tensors for one key"),
         pytest.param(_base_tensors(_eight_bit), "unsupported_base_dtype", id="8-bit base"),
     ],

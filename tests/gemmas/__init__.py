@@ -21,6 +21,7 @@ from tests.gemmas.bases import (
 )
 from tests.gemmas.families import CASES, FAMILIES, Family, build_model
 from tests.gemmas.names import Layout, renamed
+from tests.gemmas.quantized import quantize_in_place
 from tests.gemmas.tokenizer import SENTENCES, save_tokenizer
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "make_adapter",
     "model_tensors",
     "peft_merged",
+    "quantize_in_place",
     "renamed",
     "same_bits",
     "save_base",

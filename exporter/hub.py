@@ -1,0 +1,134 @@
+"""The Hugging Face hub, as far as an export reads it: what a repository is, how its tensors are stored, its files."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dispatcher.errors import SourceError, Unavailable
+
+CONFIG_NAME = "config.json"
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model on the hub, at one commit; of its files, the config alone has been fetched."""
+
+    model_id: str
+    commit: str
+    directory: Path
+    """Its snapshot in the hub's cache."""
+    files: frozenset[str]
+    """The names of all its files; none where nobody can be asked (HF_HUB_OFFLINE)."""
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether its weights are in GGUF alone."""
+        return any(name.endswith(".gguf") for name in self.files) and not any(
+            name.endswith((".safetensors", ".bin")) for name in self.files
+        )
+
+
+def look_up(model_id: str, revision: str | None, token: str | None) -> Repository:
+    """Find a repository at a branch, tag or commit (None is its main branch) and fetch its config.
+
+    Raises:
+        SourceError: `base_gated`, `base_missing`, `hub_token_invalid`.
+        Unavailable: `hub_unavailable`.
+    """
+    # Costs half a second, and a base in a directory does not need it.
+    from huggingface_hub import HfApi, constants
+
+    with _translating(_where(model_id, revision)):
+        files: frozenset[str] = frozenset()
+        if not constants.HF_HUB_OFFLINE:
+            # A download alone would take what an earlier caller left in the cache, and ask nobody.
+            hub = HfApi(token=token or False)
+            hub.auth_check(model_id)
+            found = hub.model_info(model_id, revision=revision)
+            revision = found.sha
+            files = frozenset(file.rfilename for file in found.siblings or ())
+        directory = _snapshot(model_id, revision, token, [CONFIG_NAME])
+    return Repository(model_id, directory.name, directory, files)
+
+
+def fetch(repository: Repository, token: str | None, patterns: Sequence[str]) -> None:
+    """Bring the files whose names match into the repository's directory.
+
+    Raises:
+        SourceError, Unavailable: As `look_up`.
+    """
+    with _translating(_where(repository.model_id, repository.commit)):
+        _snapshot(repository.model_id, repository.commit, token, patterns)
+
+
+def stored_dtypes(repository: Repository, token: str | None) -> dict[str, str]:
+    """Name and dtype of every tensor, read from the headers on the hub: no weight is fetched.
+
+    None are found where there is no safetensors checkpoint.
+
+    Raises:
+        SourceError: `safetensors_corrupt`, or as `look_up`.
+        Unavailable: As `look_up`.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    try:
+        with _translating(_where(repository.model_id, repository.commit)):
+            found = HfApi(token=token or False).get_safetensors_metadata(
+                repository.model_id, revision=repository.commit
+            )
+    except NotASafetensorsRepoError:
+        return {}
+    except SafetensorsParsingError as error:
+        raise SourceError(
+            f"{repository.model_id} on the hub holds no valid safetensors file: {str(error)[:200]}",
+            code="safetensors_corrupt",
+        ) from error
+    return {name: tensor.dtype for file in found.files_metadata.values() for name, tensor in file.tensors.items()}
+
+
+def _snapshot(model_id: str, revision: str | None, token: str | None, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model_id, revision=revision, token=token or False, allow_patterns=list(patterns)))
+
+
+def _where(model_id: str, revision: str | None) -> str:
+    return f"base model {model_id!r}" + (f" at revision {revision!r}" if revision else "")
+
+
+@contextmanager
+def _translating(where: str) -> Iterator[None]:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise SourceError(
+            f"{where} is gated: accept its licence on the hub and POST again with the hf_token of an account "
+            "that has access.",
+            code="base_gated",
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise SourceError(
+            f"{where} is neither a directory here nor found on the hub. Check the id; a private model "
+            "needs an hf_token.",
+            code="base_missing",
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status == 401:
+            raise SourceError(
+                f"the hub refused the token for {where}: POST again with a valid hf_token.",
+                code="hub_token_invalid",
+            ) from error
+        raise Unavailable(f"the hub did not deliver {where}: try again later.", code="hub_unavailable") from error

@@ -1,0 +1,100 @@
+"""The merged model speaks as base and adapter do, or the export fails, or it says why it did not ask."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+from dispatcher.artifacts import path_of
+from dispatcher.errors import VerificationFailed
+from exporter import streaming
+from exporter.making import Checks, Made
+from tests.exporter.exporting import export
+from tests.gemmas import FAMILIES, build_model, file_tensors, make_adapter, save_base
+
+HALVES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[] if family in ("gemma3_text", "gemma3", "gemma4") else [pytest.mark.full])
+        for family in FAMILIES
+    ],
+)
+def test_the_merged_model_speaks_as_base_and_adapter_do(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Within the limit of its dtype, which is far below what the adapter changes."""
+    model = save_base(family, tmp_path / "base", dtype=dtype, layout=FAMILIES[family].layouts[0])
+    make_adapter(family, model, tmp_path / "adapter")
+    result = export(tmp_path / "base", tmp_path / "adapter", tmp_path / "store", checks=Checks())
+    logits = result.summary["verified"]["logits"]
+    if family == "gemma3n":  # whose vision tower is timm's
+        assert not logits["compared"]
+        assert logits["why"]
+        return
+    assert logits["compared"]
+    assert logits["rms_difference"] <= logits["rms_limit"] / 2
+    assert logits["rms_difference_of_base"] > 2 * logits["rms_limit"]
+    manifest = json.loads((path_of(result.artifact.uri) / "export.json").read_text())
+    assert manifest["verified"]["logits"] == logits
+
+
+@pytest.mark.parametrize("wrong", ["not merged", "merged twice", "wrong scale"])
+def test_what_speaks_otherwise_is_not_published(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter that the logits are compared with is another than the one that was merged."""
+    model = save_base("gemma3_text", tmp_path / "base")
+    make_adapter("gemma3_text", model, tmp_path / "adapter")
+    alpha = {"not merged": 0.0, "merged twice": 16.0, "wrong scale": 4.0}[wrong]
+    make_adapter("gemma3_text", build_model("gemma3_text"), tmp_path / "meant", alpha=alpha)
+    real = streaming.checked_logits
+
+    def against_what_was_meant(attempt, files, base, checkpoint, adapter_dir, config, checks):  # type: ignore[no-untyped-def]  # passes on
+        return real(attempt, files, base, checkpoint, tmp_path / "meant", config, checks)
+
+    monkeypatch.setattr(streaming, "checked_logits", against_what_was_meant)
+    with pytest.raises(VerificationFailed) as refused:
+        export(tmp_path / "base", tmp_path / "adapter", tmp_path / "store", checks=Checks())
+    assert refused.value.error_code == "logits_differ"
+    assert not [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
+
+
+def _why(result: Made | object) -> str:
+    summary: dict[str, dict[str, dict[str, object]]] = result.summary  # type: ignore[union-attr]  # a Result
+    assert summary["verified"]["logits"]["compared"] is False
+    return str(summary["verified"]["logits"]["why"])
+
+
+def test_what_is_not_compared_says_why(tmp_path: Path) -> None:
+    model = save_base("gemma3_text", tmp_path / "base")
+    make_adapter("gemma3_text", model, tmp_path / "adapter")
+    place = (tmp_path / "base", tmp_path / "adapter")
+    assert "VERIFY_LOGITS" in _why(export(*place, tmp_path / "one", checks=Checks(logits=False)))
+    assert "MEMORY_BUDGET_MIB" in _why(export(*place, tmp_path / "two", checks=Checks(memory_budget=1 << 10)))
+
+
+def test_a_reference_that_peft_itself_applies_in_part_is_none(tmp_path: Path) -> None:
+    """The text class's names on the multimodal class: we map them, PEFT only warns."""
+    model = save_base("gemma3", tmp_path / "base")
+    make_adapter("gemma3", model, tmp_path / "adapter", targets=r".*language_model.*q_proj")
+    from tests.exporter.damage import edit_adapter
+
+    edit_adapter(
+        tmp_path / "adapter",
+        lambda own: {name.replace("language_model.", ""): tensor for name, tensor in own.items()},
+    )
+    result = export(tmp_path / "base", tmp_path / "adapter", tmp_path / "store", checks=Checks())
+    assert "PEFT does not apply" in _why(result)
+
+
+def test_an_adapter_that_adds_nothing_is_refused(tmp_path: Path) -> None:
+    """As PEFT makes it, and nobody trained it."""
+    model = save_base("gemma3_text", tmp_path / "base")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert not any(tensor.any() for name, tensor in file_tensors(tmp_path / "adapter").items() if "lora_B" in name)
+    with pytest.raises(VerificationFailed) as refused:
+        export(tmp_path / "base", tmp_path / "adapter", tmp_path / "store")
+    assert refused.value.error_code == "nothing_changed"
