@@ -192,6 +192,19 @@ def sweep(*, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--base", help="Base model: hub id (optionally @revision) or directory; default: what the adapter names.")
+@_reported
+def inspect(adapter: Path, base: str | None, *, as_json: bool) -> int:
+    """Say what merging ADAPTER would do, or why it is refused; nothing is written."""
+    from dispatcher.inspection import inspected, told
+
+    report = inspected(adapter, base)
+    _say(json.dumps(report) if as_json else told(report))
+    return int(report["outcome"] == "refused")
+
+
+@main.command()
 @click.option("--directory", type=click.Path(path_type=Path), help="Where to work; default: a temporary one.")
 @_reported
 def demo(directory: Path | None, *, as_json: bool) -> int:

@@ -2,12 +2,14 @@
 
 import argparse
 import hashlib
+import json
 import logging
 import secrets
 import signal
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from dispatcher import logs
@@ -24,6 +26,8 @@ log = logging.getLogger("exporter")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read arguments and environment, run the job, and return the exit code (see `job.ExitCode`)."""
     args = _parser().parse_args(arguments)
+    if args.inspect:
+        return _inspect(args.inspect, args.base)
     stop = threading.Event()
     _stop_on_signals(stop)
     logs.configure(sys.stderr, {"job_id": args.job_id})
@@ -69,6 +73,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 75
 
 
+def _inspect(adapter: Path, base: str | None) -> int:
+    """Print the report of `exporter.inspection` as JSON; 1 where the adapter is refused."""
+    logs.configure(sys.stderr, {}, level=logging.WARNING)
+    try:
+        settings = Settings.from_env()
+        from exporter.inspection import inspect
+
+        report = inspect(adapter, base, lambda: settings.hf_token)
+    except ExportError as error:
+        report = {"outcome": "refused", "code": error.error_code, "message": error.message}
+    json.dump(report, sys.stdout, indent=1)
+    return int(report["outcome"] == "refused")
+
+
 def _nonce(execution: str) -> str:
     """The same for every attempt of an execution, which goes on where the one before ended."""
     return hashlib.sha256(execution.encode()).hexdigest()[:8]
@@ -91,7 +109,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Make the exports of a training job: every unfinished or failed one, or the one asked for.",
         epilog="Exit codes: 0 nothing is left to do, 1 failed for good (the record says why), 75 try again.",
     )
-    parser.add_argument("job_id", metavar="JOB_ID")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("job_id", metavar="JOB_ID", nargs="?")
+    what.add_argument("--inspect", metavar="ADAPTER", type=Path, help="print what merging this adapter would do")
+    parser.add_argument("--base", help="with --inspect: hub id or directory; default: what the adapter names")
     parser.add_argument("--export-type", choices=[kind.value for kind in ExportType], help="this one, requested or not")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="with --export-type gguf")
     parser.add_argument("--engine", choices=("auto", "streaming", "peft"), help="default: ENGINE, else auto")

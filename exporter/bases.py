@@ -12,7 +12,7 @@ from dispatcher.errors import NotFound, SourceError, Unsupported
 from exporter.checkpoint import changed
 from exporter.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from exporter.quantized import twin_of
-from exporter.sources import Base, QuantizedBase, TokenSource, local_path, open_base
+from exporter.sources import Base, Opener, QuantizedBase, TokenSource, local_path, open_base
 
 DEQUANTIZED = "dequantized"
 """A `merge_base` that is no model: the quantized weights themselves, turned back into 16-bit ones. Not done yet."""
@@ -37,7 +37,7 @@ def adapter_config(store: ArtifactStore, uri: str, files: list[StoredFile]) -> d
     return config if isinstance(config, dict) else {}
 
 
-def base_for(job: TrainingJob, adapter: Mapping[str, Any], token: TokenSource) -> Base:
+def base_for(job: TrainingJob, adapter: Mapping[str, Any], token: TokenSource, *, opener: Opener = open_base) -> Base:
     """Open the 16-bit model that a job's adapter is merged into.
 
     It is the job's `merge_base` where it has one; else its `base_model_id`, if that is not quantized; else the first of
@@ -56,6 +56,7 @@ def base_for(job: TrainingJob, adapter: Mapping[str, Any], token: TokenSource) -
         job: The training job.
         adapter: The adapter's config.
         token: As for `open_base`.
+        opener: `open_base`, or what opens less of it.
 
     Returns:
         The base, with what was asked for and what the adapter was trained on where that is another model.
@@ -72,26 +73,28 @@ def base_for(job: TrainingJob, adapter: Mapping[str, Any], token: TokenSource) -
             code="unsupported_merge_base_dequantized",
         )
     if job.merge_base is not None:
-        return _noted(open_base(*_reference(job.merge_base), token), job, adapter)
+        return _noted(opener(*_reference(job.merge_base), token), job, adapter)
     try:
-        return _noted(open_base(job.base_model_id, job.base_model_revision, token), job, adapter)
+        return _noted(opener(job.base_model_id, job.base_model_revision, token), job, adapter)
     except QuantizedBase as error:
-        return _twin(job, adapter, error, token)
+        return _twin(job, adapter, error, token, opener)
     except SourceError as error:
         # The quantized copy may be gone from the hub, its twin is what counts; but a revision has to be one of it.
         gone = error.error_code == "base_missing" and job.base_model_revision is None
         if not gone or not _is_hub_id(job.base_model_id) or twin_of(job.base_model_id) is None:
             raise
-        return _twin(job, adapter, error, token)
+        return _twin(job, adapter, error, token, opener)
 
 
-def _twin(job: TrainingJob, adapter: Mapping[str, Any], reason: SourceError, token: TokenSource) -> Base:
+def _twin(
+    job: TrainingJob, adapter: Mapping[str, Any], reason: SourceError, token: TokenSource, opener: Opener
+) -> Base:
     config = reason.config if isinstance(reason, QuantizedBase) else {}
     method = reason.method if isinstance(reason, QuantizedBase) else None
     tried = []
     for model_id, revision in _candidates(job, adapter, config):
         try:
-            return _noted(open_base(model_id, revision, token), job, adapter, method)
+            return _noted(opener(model_id, revision, token), job, adapter, method)
         except QuantizedBase:
             tried.append(f"{model_id} is quantized too")
         except SourceError as error:

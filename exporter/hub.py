@@ -4,8 +4,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dispatcher.errors import SourceError, Unavailable
+from exporter.checkpoint import Checkpoint, Tensor, TensorFile
 
 CONFIG_NAME = "config.json"
 
@@ -71,22 +73,48 @@ def stored_dtypes(repository: Repository, token: str | None) -> dict[str, str]:
         SourceError: `safetensors_corrupt`, or as `look_up`.
         Unavailable: As `look_up`.
     """
+    found = _headers(repository.model_id, repository.commit, token)
+    return {name: tensor.dtype for file in found.values() for name, tensor in file.tensors.items()}
+
+
+def checkpoint(model_id: str, commit: str, token: str | None) -> Checkpoint:
+    """The headers of a model on the hub, for plans that read no weights: opening such a file says that it changed.
+
+    Raises:
+        SourceError: `base_missing` without a safetensors checkpoint, or as `stored_dtypes`.
+        Unavailable: As `look_up`.
+    """
+    found = _headers(model_id, commit, token)
+    if not found:
+        raise SourceError(f"base model {model_id!r} has no safetensors checkpoint on the hub.", code="base_missing")
+    files = []
+    for name, header in sorted(found.items()):
+        tensors = [
+            Tensor(
+                key, info.dtype, tuple(info.shape), info.data_offsets[0], info.data_offsets[1] - info.data_offsets[0]
+            )
+            for key, info in sorted(header.tensors.items(), key=lambda item: item[1].data_offsets)
+        ]
+        metadata = {key: value for key, value in (header.metadata or {}).items() if isinstance(value, str)}
+        size = sum(tensor.nbytes for tensor in tensors)
+        files.append(TensorFile(Path(name), size, tuple(tensors), metadata, ()))
+    return Checkpoint(tuple(files), None)
+
+
+def _headers(model_id: str, commit: str, token: str | None) -> dict[str, Any]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
     try:
-        with _translating(_where(repository.model_id, repository.commit)):
-            found = HfApi(token=token or False).get_safetensors_metadata(
-                repository.model_id, revision=repository.commit
-            )
+        with _translating(_where(model_id, commit)):
+            found = HfApi(token=token or False).get_safetensors_metadata(model_id, revision=commit)
     except NotASafetensorsRepoError:
         return {}
     except SafetensorsParsingError as error:
         raise SourceError(
-            f"{repository.model_id} on the hub holds no valid safetensors file: {str(error)[:200]}",
-            code="safetensors_corrupt",
+            f"{model_id} on the hub holds no valid safetensors file: {str(error)[:200]}", code="safetensors_corrupt"
         ) from error
-    return {name: tensor.dtype for file in found.files_metadata.values() for name, tensor in file.tensors.items()}
+    return dict(found.files_metadata)
 
 
 def _snapshot(model_id: str, revision: str | None, token: str | None, patterns: Sequence[str]) -> Path:

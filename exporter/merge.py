@@ -28,13 +28,15 @@ from exporter.lora import (
     squares_by_column,
 )
 from exporter.pairs import AddedBias, LoraPair, matrices_of
-from exporter.plan import OutputFile, OutputTensor
+from exporter.plan import OutputFile, OutputTensor, Plan
 from exporter.saved import Saved
 from exporter.tensors import TORCH_DTYPE, read_elements, read_into, read_tensor
 
 VERSION = "2"
 """Part of every artifact's version: raise it when the bytes that this module writes for a given plan change."""
 BLOCK_BYTES = 4 * 1024 * 1024
+BUFFERS_AHEAD = 2
+"""Blocks that wait to be written while every worker fills another."""
 FOLD_ELEMENTS = 512 * 1024
 """About how many weights are folded at a time: their float32 copy should stay in the processor's cache."""
 
@@ -74,9 +76,9 @@ def write_merged(planned: OutputFile, adapter: Adapter, sink: Sink, on_bytes: On
         VerificationFailed: A merged value is not finite.
         Exception: Whatever the sink or `on_bytes` raise.
     """
-    largest = max((_largest_block(output.tensor) for output in planned.tensors if output.change), default=0)
+    largest = _largest(planned)
     workers = fold_workers()
-    free = deque(bytearray(max(BLOCK_BYTES, largest * 4)) for _ in range(workers + 2))
+    free = deque(bytearray(_buffer_bytes(largest)) for _ in range(workers + BUFFERS_AHEAD))
     under_way: deque[tuple[Future[Delta | None], _Block, bytearray]] = deque()
     deltas: dict[str, Delta] = {}
 
@@ -100,6 +102,24 @@ def write_merged(planned: OutputFile, adapter: Adapter, sink: Sink, on_bytes: On
         while under_way:
             hand_on()
     return deltas
+
+
+def memory_needed(plan: Plan) -> int:
+    """Bytes that carrying out a plan takes beyond the interpreter and torch: buffers, float32 room, one pair."""
+    largest = max(map(_largest, plan.files), default=0)
+    changes = (output.change for output in plan.outputs if isinstance(output.change, LoraPair))
+    pair = max((4 * math.prod(change.a.shape) + 4 * math.prod(change.b.shape) for change in changes), default=0)
+    workers = fold_workers()
+    return (workers + BUFFERS_AHEAD) * _buffer_bytes(largest) + workers * 2 * largest * 4 + 2 * pair
+
+
+def _largest(planned: OutputFile) -> int:
+    """Elements of the largest block that is changed."""
+    return max((_largest_block(output.tensor) for output in planned.tensors if output.change), default=0)
+
+
+def _buffer_bytes(largest: int) -> int:
+    return max(BLOCK_BYTES, largest * 4)
 
 
 def fold_workers() -> int:

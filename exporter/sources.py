@@ -19,7 +19,7 @@ from dispatcher.crc32c import Crc32c
 from dispatcher.errors import NotFound, SourceError, StorageFull, Unavailable
 from exporter import hub
 from exporter.adapter import WEIGHTS_NAME, refuse_without_weights
-from exporter.checkpoint import changed, open_checkpoint
+from exporter.checkpoint import Checkpoint, changed, open_checkpoint
 from exporter.documents import read_json_object
 from exporter.gemma import SIDE_FILES, is_side_file
 from exporter.peft_config import CONFIG_NAME
@@ -31,8 +31,12 @@ HUB_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja")
 """What an export can use; never a pickle."""
 SIDE_PATTERNS = ("config.json", *SIDE_FILES, "*.jinja")
 BLOCK_BYTES = 8 << 20
+LOCAL = "directory:"
+"""How the revision of a base in a directory begins."""
 
 TokenSource = Callable[[], str | None]
+Opener = Callable[[str, str | None, TokenSource], "Base"]
+"""`open_base` and its like: takes an id, a revision and the source of a token."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,27 @@ def open_base(model_id: str, revision: str | None, token: TokenSource) -> Base:
             16-bit weights that were saved with such a leftover are used.
         Unavailable: The hub did not answer.
     """
-    return _open(model_id, revision, token, weights=True)
+    return _open(model_id, revision, token, HUB_PATTERNS)
+
+
+def open_without_weights(model_id: str, revision: str | None, token: TokenSource) -> Base:
+    """As `open_base`, but from the hub no weights are fetched; see `headers_of`.
+
+    Raises:
+        SourceError, Unavailable: As `open_base`.
+    """
+    return _open(model_id, revision, token, SIDE_PATTERNS)
+
+
+def headers_of(base: Base, token: TokenSource) -> Checkpoint:
+    """The headers of a base's weights, from the hub if they were not fetched.
+
+    Raises:
+        SourceError, Unavailable: As `open_checkpoint` and `open_base`.
+    """
+    if base.revision.startswith(LOCAL):
+        return open_checkpoint(base.directory)
+    return hub.checkpoint(base.model_id, base.revision, token())
 
 
 def open_side_files(model_id: str, revision: str | None, token: TokenSource) -> Base:
@@ -103,10 +127,12 @@ def open_side_files(model_id: str, revision: str | None, token: TokenSource) -> 
     Raises:
         SourceError, Unavailable: As `open_base`.
     """
-    return _open(model_id, revision, token, weights=False)
+    return _open(model_id, revision, token, SIDE_PATTERNS, quantized=True)
 
 
-def _open(model_id: str, revision: str | None, token: TokenSource, *, weights: bool) -> Base:
+def _open(
+    model_id: str, revision: str | None, token: TokenSource, patterns: Sequence[str], *, quantized: bool = False
+) -> Base:
     directory = local_path(model_id)
     if model_id.startswith("gs://"):
         raise SourceError(
@@ -115,13 +141,13 @@ def _open(model_id: str, revision: str | None, token: TokenSource, *, weights: b
             code="base_uri_unsupported",
         )
     if directory is None:
-        return _from_hub(model_id, revision, token(), weights=weights)
+        return _from_hub(model_id, revision, token(), patterns, quantized=quantized)
     if not directory.is_dir():
         raise SourceError(f"the base model's directory {directory} does not exist.", code="base_missing")
-    revision = f"directory:{_directory_digest(directory)}"
+    revision = f"{LOCAL}{_directory_digest(directory)}"
     config = _read_config(directory)
     method = quantization_of(config)
-    if weights and method is not None:
+    if method is not None and not quantized:
         tensors = open_checkpoint(directory).tensors()
         if is_stored_quantized({name: tensor.dtype for name, (_, tensor) in tensors.items()}):
             raise QuantizedBase(model_id, method, config)
@@ -130,9 +156,7 @@ def _open(model_id: str, revision: str | None, token: TokenSource, *, weights: b
 
 def is_current(base: Base) -> bool:
     """Whether a base in a directory is still what it was when it was opened; the hub's commits never change."""
-    return (
-        not base.revision.startswith("directory:") or base.revision == f"directory:{_directory_digest(base.directory)}"
-    )
+    return not base.revision.startswith(LOCAL) or base.revision == f"{LOCAL}{_directory_digest(base.directory)}"
 
 
 @contextmanager
@@ -222,18 +246,14 @@ def _read_config(directory: Path) -> dict[str, Any]:
         ) from error
 
 
-def _from_hub(model_id: str, revision: str | None, token: str | None, *, weights: bool) -> Base:
+def _from_hub(
+    model_id: str, revision: str | None, token: str | None, patterns: Sequence[str], *, quantized: bool
+) -> Base:
     repository = hub.look_up(model_id, revision, token)
-    if not weights:
-        hub.fetch(repository, token, SIDE_PATTERNS)
-        return Base(
-            model_id, repository.commit, repository.directory, without_quantization(_read_config(repository.directory))
-        )
-    if repository.is_gguf:
-        raise QuantizedBase(model_id, "GGUF", {})
-    config = _read_config(repository.directory)
-    method = quantization_of(config)
-    if method is not None and is_stored_quantized(hub.stored_dtypes(repository, token)):
-        raise QuantizedBase(model_id, method, config)
-    hub.fetch(repository, token, HUB_PATTERNS)
+    config = _read_config(repository.directory) if quantized or not repository.is_gguf else {}
+    if not quantized:
+        method = "GGUF" if repository.is_gguf else quantization_of(config)
+        if repository.is_gguf or (method is not None and is_stored_quantized(hub.stored_dtypes(repository, token))):
+            raise QuantizedBase(model_id, method or "GGUF", config)
+    hub.fetch(repository, token, patterns)
     return Base(model_id, repository.commit, repository.directory, without_quantization(config))

@@ -29,19 +29,18 @@ def version() -> str:
     return f"{merge.VERSION}+torch-{torch.__version__}"
 
 
-def planned(base: Base, adapter_dir: Path) -> tuple[Plan, Adapter, Checkpoint, Family, dict[str, Any]]:
+def planned(base: Base, checkpoint: Checkpoint, adapter_dir: Path) -> tuple[Plan, Adapter, Family, dict[str, Any]]:
     """The plan of a merge, what it was made from, and the output's config.json; nothing is written.
 
     Raises:
-        ExportError: As `read_adapter`, `open_checkpoint`, `plan_merge` and `refuse_vocabulary_that_differs`.
+        ExportError: As `read_adapter`, `plan_merge` and `refuse_vocabulary_that_differs`.
     """
     adapter = read_adapter(adapter_dir)
     family = family_of(base.config)
-    checkpoint = open_checkpoint(base.directory)
     plan = plan_merge(checkpoint, adapter, family, base.config)
     config = merged_config(base.config, plan)
     refuse_vocabulary_that_differs(plan.vocabulary, config, side_files(base.directory, adapter_dir))
-    return plan, adapter, checkpoint, family, config
+    return plan, adapter, family, config
 
 
 def stream(attempt: Attempt, base: Base, adapter_dir: Path, report: Report, checks: Checks) -> Made:
@@ -50,7 +49,8 @@ def stream(attempt: Attempt, base: Base, adapter_dir: Path, report: Report, chec
     Raises:
         ExportError: As `planned`, or a failed check.
     """
-    plan, adapter, checkpoint, family, config = planned(base, adapter_dir)
+    checkpoint = open_checkpoint(base.directory)
+    plan, adapter, family, config = planned(base, checkpoint, adapter_dir)
     refuse_not_finite(adapter.file)
     files, deltas = _write_shards(attempt, plan, adapter, report)
     refuse_unchanged(deltas)

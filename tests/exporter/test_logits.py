@@ -9,8 +9,9 @@ import torch
 
 from dispatcher.artifacts import path_of
 from dispatcher.errors import VerificationFailed
-from exporter import streaming
+from exporter import making, streaming
 from exporter.making import Checks, Made
+from tests.exporter.damage import edit_adapter
 from tests.exporter.exporting import export
 from tests.gemmas import FAMILIES, build_model, file_tensors, make_adapter, save_base
 
@@ -49,7 +50,7 @@ def test_what_speaks_otherwise_is_not_published(wrong: str, tmp_path: Path, monk
     make_adapter("gemma3_text", model, tmp_path / "adapter")
     alpha = {"not merged": 0.0, "merged twice": 16.0, "wrong scale": 4.0}[wrong]
     make_adapter("gemma3_text", build_model("gemma3_text"), tmp_path / "meant", alpha=alpha)
-    real = streaming.checked_logits
+    real = making.checked_logits
 
     def against_what_was_meant(attempt, files, base, checkpoint, adapter_dir, config, checks):  # type: ignore[no-untyped-def]  # passes on
         return real(attempt, files, base, checkpoint, tmp_path / "meant", config, checks)
@@ -79,8 +80,6 @@ def test_a_reference_that_peft_itself_applies_in_part_is_none(tmp_path: Path) ->
     """The text class's names on the multimodal class: we map them, PEFT only warns."""
     model = save_base("gemma3", tmp_path / "base")
     make_adapter("gemma3", model, tmp_path / "adapter", targets=r".*language_model.*q_proj")
-    from tests.exporter.damage import edit_adapter
-
     edit_adapter(
         tmp_path / "adapter",
         lambda own: {name.replace("language_model.", ""): tensor for name, tensor in own.items()},
