@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("job_id", metavar="JOB_ID")
     parser.add_argument("--export-type", choices=[kind.value for kind in ExportType], help="this one, requested or not")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="with --export-type gguf")
-    parser.add_argument("--engine", choices=("auto", "streaming", "peft"), help="default: ENGINE, else auto")
+    parser.add_argument("--engine", choices=("auto", "streaming", "peft", "unsloth"), help="default: ENGINE, else auto")
     parser.add_argument("--force", action="store_true", help="make even a finished export anew, as a new version")
     return parser
 
