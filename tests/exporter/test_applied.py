@@ -1,4 +1,4 @@
-"""What tells whether an engine applied an adapter whole, held against what is right and against every way to be wrong."""
+"""What tells whether an engine applied an adapter whole: held against what is right, and every way to be wrong."""
 
 from collections.abc import Callable
 from pathlib import Path
