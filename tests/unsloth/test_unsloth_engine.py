@@ -58,8 +58,9 @@ AGREEING: dict[str, tuple[str, dict[str, Any]]] = {
         {"targets": ["q_proj"], "rank_pattern": {r"layers\.1\..*": 2}, "dtype": torch.bfloat16},
     ),
     "gemma3, language": ("gemma3", {"targets": LANGUAGE}),
-    "gemma3, language, module names": ("gemma3", {"targets": LANGUAGE, "layout": "modules"}),
+    "gemma3, all towers, module names": ("gemma3", {"layout": "modules"}),
     "paligemma, language": ("paligemma", {"targets": LANGUAGE}),
+    "paligemma, all towers, module names": ("paligemma", {"layout": "modules"}),
     "gemma3n_text": ("gemma3n_text", {}),
     "gemma4_text": ("gemma4_text", {}),
     "gemma4_k_eq_v": ("gemma4_k_eq_v", {}),
@@ -91,13 +92,12 @@ def test_three_engines_agree_bit_for_bit_on_a_plain_adapter(case: str, tmp_path:
 
 LEFT_OUT: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma3, all towers": ("gemma3", {}, "adapter_half_applied"),
-    "gemma3, all towers, module names": ("gemma3", {"layout": "modules"}, "adapter_half_applied"),
     "paligemma, all towers": ("paligemma", {}, "adapter_half_applied"),
     "shieldgemma2": ("shieldgemma2", {}, "adapter_unmatched"),
     "gemma3n, three towers": ("gemma3n", {}, "unsloth_failed"),
 }
-"""What Unsloth itself does not do right: it skips the pairs of SigLIP, takes shieldgemma2 for a gemma3, and wants timm
-for gemma3n's towers. A later Unsloth may; then the case moves up."""
+"""What Unsloth itself does not do right: it skips SigLIP's pairs where the base has the hub's names, takes shieldgemma2
+for a gemma3, and wants timm for gemma3n's towers. A later Unsloth may; then the case moves up."""
 
 
 @pytest.mark.parametrize("case", LEFT_OUT)
@@ -186,7 +186,7 @@ def test_at_a_real_models_sizes_only_an_odd_scale_tells_the_engines_apart(
         f"270M's sizes, scale {alpha}/16",
         f"{different} of {total} elements differ; not as float64 rounds: {streaming_wrong} here, {unsloth_wrong} there",
     )
-    assert different == 0 if alpha == 16 else different < total / 20_000
+    assert different == 0 if alpha == 16 else different < total / 5_000
     assert unsloth_wrong <= 2 * streaming_wrong + 10
     assert streaming_wrong <= 2 * unsloth_wrong + 10
 
