@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 READY := $(VENV)/.ready
+UNSLOTH_VENV := .venv-unsloth
+UNSLOTH_BIN := $(UNSLOTH_VENV)/bin
+UNSLOTH_READY := $(UNSLOTH_VENV)/.ready
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: setup demo demo-cloud test test-full lint bench clean
+.PHONY: setup demo demo-cloud test test-full test-unsloth lint bench clean
 
 setup: $(READY)
 
@@ -33,6 +36,22 @@ test: setup
 test-full: setup
 	$(BIN)/pytest -n auto --dist loadgroup
 
+# Unsloth patches what it is installed beside, so it has an environment of its own. torchvision goes where it cannot be
+# loaded (the wheel built for CUDA beside a torch that is not): there it takes transformers down with it, and no merge
+# needs it.
+$(UNSLOTH_READY): pyproject.toml Makefile
+	@echo "setup: making $(UNSLOTH_VENV) (once; 3 GB and some minutes)"
+	@test -x $(UNSLOTH_BIN)/python || $(PYTHON) -m venv $(UNSLOTH_VENV)
+	@$(UNSLOTH_BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(UNSLOTH_VENV)
+	@$(UNSLOTH_BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@$(UNSLOTH_BIN)/pip install --quiet --disable-pip-version-check -e ".[exporter,dev,unsloth]"
+	@$(UNSLOTH_BIN)/python -c "import torchvision" 2>/dev/null || $(UNSLOTH_BIN)/pip uninstall --quiet --yes torchvision
+	@touch $@
+	@echo "setup: done"
+
+test-unsloth: $(UNSLOTH_READY)
+	$(UNSLOTH_BIN)/pytest -n auto tests/unsloth
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +61,4 @@ bench: setup
 	$(BIN)/python -m tests.bench
 
 clean:
-	rm -rf $(VENV) .gemma-export .bench
+	rm -rf $(VENV) $(UNSLOTH_VENV) .gemma-export .bench

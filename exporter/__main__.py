@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", help="with --inspect: hub id or directory; default: what the adapter names")
     parser.add_argument("--export-type", choices=[kind.value for kind in ExportType], help="this one, requested or not")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="with --export-type gguf")
-    parser.add_argument("--engine", choices=("auto", "streaming", "peft"), help="default: ENGINE, else auto")
+    parser.add_argument("--engine", choices=("auto", "streaming", "peft", "unsloth"), help="default: ENGINE, else auto")
     parser.add_argument("--force", action="store_true", help="make even a finished export anew, as a new version")
     return parser
 

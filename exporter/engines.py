@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dispatcher.artifacts import StoredFile
 from dispatcher.errors import NotAvailable, Unsupported
-from exporter import peft_engine, streaming
+from exporter import peft_engine, streaming, unsloth_engine
 from exporter.attempt import Attempt
 from exporter.checkpoint import open_checkpoint
 from exporter.lease import Report
@@ -32,6 +32,7 @@ _ENGINES = {
     for engine in (
         Engine("streaming", streaming.version, streaming.stream),
         Engine("peft", peft_engine.peft_version, peft_engine.make),
+        Engine("unsloth", unsloth_engine.unsloth_version, unsloth_engine.make),
     )
 }
 

@@ -65,8 +65,8 @@ def export_merged(
         store: Where artifacts lie.
         job: The training job; its adapter exists.
         record: The claimed export.
-        engine: `auto`, `streaming` or `peft`. `auto` is streaming, and a reference engine only where that says
-            `unsupported_…`.
+        engine: `auto`, `streaming`, `peft` or `unsloth`. `auto` is streaming, and a reference engine only where
+            that says `unsupported_…`.
         token: Gives a Hugging Face token for a gated base.
         hold: Told of stage and fraction; what it raises stops the work.
         checks: How much is verified.

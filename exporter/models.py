@@ -67,6 +67,6 @@ def is_applied_whole(wrapped: Any, file: TensorFile) -> bool:
 
 
 def _digest(tensor: torch.Tensor) -> tuple[tuple[int, ...], float, float]:
-    values = tensor.detach().double().flatten()
+    values = tensor.detach().cpu().double().flatten()
     weights = torch.arange(1, values.numel() + 1, dtype=torch.float64)
     return tuple(tensor.shape), float(values.sum()), float(values @ weights)

@@ -5,6 +5,7 @@ Kept to compare with, and as the way out (`--engine peft`) for what the streamin
 
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,11 +50,35 @@ def make(attempt: Attempt, base: Base, adapter_dir: Path, report: Report, checks
     Raises:
         ExportError: As `merge_with_peft`, or a failed check.
     """
+    return made_by(merge_with_peft, attempt, base, adapter_dir, report, checks)
+
+
+def made_by(
+    merge: Callable[[Base, Path, Path], tuple[int, int]],
+    attempt: Attempt,
+    base: Base,
+    adapter_dir: Path,
+    report: Report,
+    checks: Checks,
+) -> Made:
+    """Publish what a reference engine writes into a directory of this machine, with the checks that all of them get.
+
+    Args:
+        merge: Given base, adapter and an empty directory: `merge_with_peft`, or another of its contract.
+        attempt: Where to publish.
+        base: The base model.
+        adapter_dir: The adapter's directory.
+        report: Told of stage and fraction.
+        checks: How much is verified.
+
+    Raises:
+        ExportError: As `merge`, or a failed check.
+    """
     report("merging", WRITE_FROM)
     checkpoint = open_checkpoint(base.directory)
     with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
         output = Path(scratch)
-        merged, copied = merge_with_peft(base, adapter_dir, output)
+        merged, copied = merge(base, adapter_dir, output)
         report("verifying", WRITE_FROM)
         verified = verify_reference(output, checkpoint, family_of(base.config))
         files = write_side_files(attempt, base.directory, adapter_dir)
@@ -85,12 +110,7 @@ def merge_with_peft(base: Base, adapter: Path, output: Path) -> tuple[int, int]:
         AdapterMismatch: NaN in the adapter, `adapter_unmatched` when PEFT applied only part of it, of which it only
             warns, and those of `refuse_unmergeable`.
     """
-    if not (adapter / WEIGHTS_NAME).is_file():
-        raise SourceError(f"{adapter} has no {WEIGHTS_NAME}.", code="adapter_weights_missing")
-    file = read_tensor_file(adapter / WEIGHTS_NAME)
-    refuse_unmergeable(read_config(adapter))
-    _refuse_what_peft_gets_wrong(file, base)
-    refuse_not_finite(file)
+    file = read_for_peft(adapter, base)
     # Three seconds of imports that the streaming engine does without.
     from peft import PeftModel
 
@@ -107,6 +127,23 @@ def merge_with_peft(base: Base, adapter: Path, output: Path) -> tuple[int, int]:
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise Unsupported(f"PEFT could not merge it: {type(error).__name__}: {error}", code="peft_failed") from error
     return targeted, len(merged.state_dict()) - targeted
+
+
+def read_for_peft(adapter: Path, base: Base) -> TensorFile:
+    """The header of an adapter's weights, if there is nothing in it that PEFT merges wrong, or that nobody can merge.
+
+    Raises:
+        SourceError: `adapter_weights_missing`.
+        Unsupported: As `merge_with_peft`, for what PEFT itself merges wrong.
+        AdapterMismatch: NaN in the adapter, and those of `refuse_unmergeable`.
+    """
+    if not (adapter / WEIGHTS_NAME).is_file():
+        raise SourceError(f"{adapter} has no {WEIGHTS_NAME}.", code="adapter_weights_missing")
+    file = read_tensor_file(adapter / WEIGHTS_NAME)
+    refuse_unmergeable(read_config(adapter))
+    _refuse_what_peft_gets_wrong(file, base)
+    refuse_not_finite(file)
+    return file
 
 
 def _refuse_what_peft_gets_wrong(file: TensorFile, base: Base) -> None:
