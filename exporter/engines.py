@@ -50,11 +50,12 @@ def engine_of(name: str) -> Engine:
     return _ENGINES[name]
 
 
-def reference_for(refusal: Unsupported, base: Base, adapter: Sequence[StoredFile]) -> Engine:
+def reference_for(refusal: Unsupported, provider: str, base: Base, adapter: Sequence[StoredFile]) -> Engine:
     """The reference engine that makes what the streaming engine does not support.
 
     Args:
         refusal: What the streaming engine said.
+        provider: Who trained it: what Unsloth trained, Unsloth merges, where it is installed.
         base: The base model, which the reference engine holds in memory.
         adapter: The adapter's files.
 
@@ -63,13 +64,14 @@ def reference_for(refusal: Unsupported, base: Base, adapter: Sequence[StoredFile
     """
     needed = peft_engine.memory_needed(open_checkpoint(base.directory)) + 2 * sum(file.size for file in adapter)
     available = available_memory()
+    engine = _ENGINES["unsloth" if provider == "unsloth" and unsloth_engine.is_installed() else "peft"]
     if needed > available:
         raise Unsupported(
-            f"{refusal.message} The peft engine would need {needed / GIB:.1f} GiB of memory for it, "
+            f"{refusal.message} The {engine.name} engine would need {needed / GIB:.1f} GiB of memory for it, "
             f"{available / GIB:.1f} are available.",
             code=refusal.error_code,
         ) from refusal
-    return _ENGINES["peft"]
+    return engine
 
 
 def available_memory() -> int:

@@ -90,7 +90,7 @@ def export_merged(
     except Unsupported as error:
         if engine != "auto":
             raise
-        reference = reference_for(error, base, adapter_files)
+        reference = reference_for(error, job.provider, base, adapter_files)
         log.warning("%s The %s engine makes it instead.", error.message, reference.name)
         return work.merged_with(reference, base, checks)
 

@@ -6,6 +6,7 @@ log stays JSON, and the memory is given back. Unsloth skips pairs whose names it
 so what it wrote is compared with what PEFT makes of each layer before it counts (`exporter.applied`).
 """
 
+import importlib.util
 import json
 import logging
 import os
@@ -35,7 +36,8 @@ from exporter.making import WRITE_FROM, Checks, Made
 from exporter.models import is_applied_whole
 from exporter.peft_config import CONFIG_NAME, read_config
 from exporter.peft_engine import made_by, read_for_peft
-from exporter.sources import ADAPTER_FILES, HUB_PATTERNS, MAX_CONFIG_BYTES, Base
+from exporter.sidefiles import side_file_names
+from exporter.sources import HUB_PATTERNS, MAX_CONFIG_BYTES, Base
 
 log = logging.getLogger(__name__)
 PROGRAM = (sys.executable, "-P", "-m", "exporter.unsloth_engine")
@@ -54,6 +56,11 @@ _ERRORS: dict[str, type[ExportError]] = {
     kind.__name__: kind for kind in (AdapterMismatch, NotAvailable, SourceError, Unsupported, VerificationFailed)
 }
 """What the child may say, by name."""
+
+
+def is_installed() -> bool:
+    """Whether the extra `[unsloth]` is there; says nothing of whether it works."""
+    return importlib.util.find_spec("unsloth") is not None
 
 
 def unsloth_version() -> str:
@@ -130,7 +137,8 @@ def _lay_out(base: Path, checkpoint: Checkpoint, adapter: Path, place: Path) -> 
     """
     small = {path.name for pattern in HUB_PATTERNS for path in base.glob(pattern)}
     weights = {file.path.name for file in checkpoint.files}
-    for name, source, names in (("base", base, small | weights), ("adapter", adapter, ADAPTER_FILES)):
+    own = {WEIGHTS_NAME, *(name for name in side_file_names(adapter) if "/" not in name)}
+    for name, source, names in (("base", base, small | weights), ("adapter", adapter, own)):
         (place / name).mkdir()
         for path in (source / name for name in sorted(names)):
             if path.suffix != ".safetensors" and path.is_file():

@@ -9,9 +9,10 @@ import torch
 
 from dispatcher.artifacts import path_of
 from dispatcher.errors import AdapterMismatch, Unsupported
-from exporter import engines, peft_engine
+from exporter import engines, peft_engine, unsloth_engine
 from exporter.checkpoint import open_checkpoint
 from exporter.making import Checks
+from exporter.sources import open_base
 from tests.exporter.damage import edit_adapter, edit_config
 from tests.exporter.exporting import export
 from tests.exporter.matrix import of_type
@@ -53,6 +54,20 @@ def test_a_model_that_does_not_fit_the_memory_is_refused(loha: Path, monkeypatch
     assert refused.value.error_code == "unsupported_peft_type_loha"
     assert "GiB of memory" in refused.value.message
     assert not [path for path in (loha / "store").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("provider", "installed", "expected"),
+    [("unsloth", True, "unsloth"), ("unsloth", False, "peft"), ("huggingface", True, "peft")],
+)
+def test_what_unsloth_trained_unsloth_merges_where_it_is_installed(
+    provider: str, installed: bool, expected: str, loha: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unsloth_engine, "is_installed", lambda: installed)
+    refusal = Unsupported("something.", code="unsupported_something")
+    assert (
+        engines.reference_for(refusal, provider, open_base(str(loha / "base"), None, lambda: None), []).name == expected
+    )
 
 
 @pytest.mark.parametrize("limit", ["max", str(1 << 40), "not there"])
