@@ -10,7 +10,7 @@ UNSLOTH_READY := $(UNSLOTH_VENV)/.ready
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: setup demo demo-cloud test test-full test-unsloth lint bench clean
+.PHONY: setup demo demo-cloud test test-full test-unsloth matrix lint bench clean
 
 setup: $(READY)
 
@@ -51,6 +51,9 @@ $(UNSLOTH_READY): pyproject.toml Makefile
 
 test-unsloth: $(UNSLOTH_READY)
 	$(UNSLOTH_BIN)/pytest -n auto tests/unsloth
+
+matrix: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.exporter.matrix
 
 lint: setup
 	$(BIN)/ruff check .
