@@ -1,11 +1,13 @@
 """`python -m exporter --inspect`: what an export would do, told from headers, with nothing written."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dispatcher.contract import TrainingJob
 from dispatcher.errors import ExportError, SourceError
 from exporter import merge
+from exporter.architecture import fitting_config
 from exporter.bases import base_for
 from exporter.full_model import is_full_model
 from exporter.ledger import ledger_of
@@ -37,6 +39,7 @@ def inspect(adapter_dir: Path, base_id: str | None, token: TokenSource) -> dict[
             raise SourceError("the adapter's config names no base: name one with --base.", code="base_missing")
         base = base_for(_job(report["base"], adapter_dir), config, token, opener=open_without_weights)
         checkpoint = headers_of(base, token)
+        base = replace(base, config=fitting_config(base.config, checkpoint.tensors()))
         plan, adapter, family, _ = planned(base, checkpoint, adapter_dir)
         ledger = ledger_of(plan, adapter, family, {})
     except ExportError as error:
