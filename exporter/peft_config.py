@@ -9,11 +9,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import re2
+
 from dispatcher.errors import AdapterMismatch, ExportError, SourceError, Unsupported
 from exporter.documents import read_json_object
 from exporter.lora import scaling
 
 CONFIG_NAME = "adapter_config.json"
+_SILENT = re2.Options()
+_SILENT.log_errors = False  # it would write to stderr past our log
 MAX_CONFIG_BYTES = 1_000_000
 
 _IRRELEVANT = frozenset({
@@ -134,16 +138,17 @@ def rank_mismatch(module: str, what: str) -> ExportError:
 def _setting(config: dict[str, Any], pattern_name: str, default_name: str, module: str) -> Any:
     """PEFT's own rule: the first pattern that matches the end of the module's name, else the default.
 
-    Source: `peft.utils.other.get_pattern_key`.
+    Matched by RE2, in time that grows with the text alone: whoever wrote the config could make Python's own `re` work
+    on one name for ever. Source: `peft.utils.other.get_pattern_key`.
     """
     patterns = config.get(pattern_name) or {}
     if not isinstance(patterns, dict):
         raise _invalid(f"{pattern_name} is a {type(patterns).__name__}, an object was expected")
     for pattern, value in patterns.items():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            if re2.match(rf"(.*\.)?({pattern})$", module, _SILENT):
                 return value
-        except re.error as error:
+        except re2.error as error:
             raise _invalid(f"{pattern_name} has an invalid pattern {pattern[:80]!r}") from error
     return config.get(default_name)
 

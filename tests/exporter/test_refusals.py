@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,14 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(
 def test_everything_of_peft_but_plain_lora_is_refused_by_name(changes: dict[str, Any], code: str, place: Path) -> None:
     edit_config(place / "adapter", **changes)
     assert refusal(place).error_code == code
+
+
+def test_a_hostile_pattern_takes_no_time(place: Path) -> None:
+    """Python's own `re` would try every way to split the name."""
+    edit_config(place / "adapter", rank_pattern={r"(([a-z_.0-9]+)+)+!": 8}, alpha_pattern={r"(.*)*(.*)*(.*)*x": 1})
+    started = time.monotonic()
+    assert export(place / "base", place / "adapter", place / "store").summary["merged"] == 14
+    assert time.monotonic() - started < 30
 
 
 def _trained(place: Path, **options: Any) -> Path:
