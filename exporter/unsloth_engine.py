@@ -24,7 +24,15 @@ from typing import Any
 
 import torch
 
-from dispatcher.errors import AdapterMismatch, ExportError, NotAvailable, SourceError, Unsupported, VerificationFailed
+from dispatcher.errors import (
+    AdapterMismatch,
+    ExportError,
+    NotAvailable,
+    SourceError,
+    Unavailable,
+    Unsupported,
+    VerificationFailed,
+)
 from exporter.adapter import WEIGHTS_NAME
 from exporter.applied import verify_applied
 from exporter.attempt import Attempt
@@ -53,7 +61,8 @@ _QUIET = {
 """Nothing is fetched, nobody is told (loading a model downloads `unslothai/…` repositories to be counted), and nothing
 is compiled for a training that will not be."""
 _ERRORS: dict[str, type[ExportError]] = {
-    kind.__name__: kind for kind in (AdapterMismatch, NotAvailable, SourceError, Unsupported, VerificationFailed)
+    kind.__name__: kind
+    for kind in (AdapterMismatch, NotAvailable, SourceError, Unavailable, Unsupported, VerificationFailed)
 }
 """What the child may say, by name."""
 
@@ -228,7 +237,7 @@ def _merge(place: Path, output: Path) -> tuple[int, int]:
     vision._missing_torchvision_error = lambda error=None: False
     model, tokenizer = FastModel.from_pretrained(
         str(place / "adapter"),
-        # On a CPU Unsloth would make float16 of bfloat16, and an overflow of a module that was trained whole.
+        # Without a GPU Unsloth would take float16 for bfloat16, in which what was trained whole may overflow.
         dtype=None if on_gpu else torch.float32,
         load_in_4bit=False,  # the weights that are merged come from the base's files either way
         use_gradient_checkpointing=False,  # nothing is trained
