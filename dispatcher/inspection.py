@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from dispatcher.errors import ExportError
+from dispatcher.runner import EXPORTER
 
 SHOWN_TENSORS = 12
 MIB = 1 << 20
@@ -18,7 +18,7 @@ def inspected(adapter: Path, base: str | None) -> dict[str, Any]:
     Raises:
         ExportError: The exporter could not be run.
     """
-    command = [sys.executable, "-m", "exporter", "--inspect", str(adapter), *(["--base", base] if base else [])]
+    command = [*EXPORTER, "--inspect", str(adapter), *(["--base", base] if base else [])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     try:
         report: dict[str, Any] = json.loads(done.stdout)
@@ -34,21 +34,19 @@ def told(report: dict[str, Any]) -> str:
     lines = [f"adapter   {report.get('adapter')} ({report.get('peft_type')})", f"base      {report.get('base')}"]
     if report["outcome"] == "refused":
         return "\n".join([*lines, f"refused   {report['code']}: {report['message']}"])
+    if report["outcome"] == "reference_engine":
+        told = f"{report['message']} With --engine auto, which is the default, a reference engine merges it"
+        return "\n".join([*lines, f"{told}, if there is the memory for the whole model."])
     if report["outcome"] == "passthrough":
         return "\n".join([lines[0], "published as it is: this is a whole model, and no adapter"])
-    counts = ", ".join(f"{number} {operation}" for operation, number in report["tensors"].items() if number)
-    lines.append(f"tensors   {counts}")
-    for tower, found in report["towers"].items():
-        lines.append(
-            f"  {tower:<8}{', '.join(f'{number} {operation}' for operation, number in found.items() if number)}"
-        )
+    lines.append(f"tensors   {_counted(report['tensors'])}")
+    lines += [f"  {tower}: {_counted(found)}" for tower, found in report["towers"].items()]
     if report["mapped_to_tower"]:
         lines.append(f"tower     the adapter's names are taken for those of {report['mapped_to_tower']}")
     if report["untied"]:
         lines.append("head      gets a tensor of its own: the output is no longer tied to its embedding")
-    lines.append(
-        f"writes    {report['bytes'] / MIB:,.1f} MiB, in about {report['memory_bytes'] / MIB:,.0f} MiB of memory"
-    )
+    memory = f"in about {report['memory_bytes'] / MIB:,.0f} MiB of memory beyond Python and torch"
+    lines.append(f"writes    {report['bytes'] / MIB:,.1f} MiB, {memory}")
     uses = list(report["adapter_tensors"].items())
     for name, use in uses[:SHOWN_TENSORS]:
         lines.append(f"  {name}: {use['operation']} {', '.join(use['tensors'])}".rstrip())

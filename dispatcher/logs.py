@@ -39,6 +39,7 @@ def clean(text: str, *, limit: int = MAX_TEXT) -> str:
     """`text` without secrets, with control characters escaped and what is over `limit` characters cut."""
     # Redacted before the cut, or a cut through a token would leave its first half.
     text = _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), redact(text))
+    text = text.encode(errors="backslashreplace").decode()  # half a surrogate pair is no text that travels
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text) - limit} more characters)"
 
 

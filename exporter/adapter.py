@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dispatcher.errors import AdapterMismatch, SourceError
 from exporter.checkpoint import TensorFile, read_tensor_file
+from exporter.gemma import UNBOUNDED
 from exporter.pairs import AddedBias, LoraPair, Parts, collect, pairs_of
 from exporter.peft_config import read_config, refuse_unsupported
 from exporter.saved import Saved, refuse_missing, saved_tensor
-from exporter.tensors import TORCH_DTYPE, read_tensor
+from exporter.tensors import TORCH_DTYPE, is_sound, parts_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
@@ -92,13 +91,16 @@ def _changes(file: TensorFile, config: dict[str, Any]) -> tuple[Change, ...]:
 
 
 def refuse_not_finite(file: TensorFile) -> None:
-    """Read every floating tensor of an adapter's file once, one at a time, and refuse NaN and infinity.
+    """Read every floating tensor of an adapter's file once, part by part, and refuse NaN and infinity.
 
     Raises:
         AdapterMismatch: `adapter_not_finite`, naming the first such tensor.
     """
     for tensor in file.tensors:
-        if tensor.dtype in TORCH_DTYPE and not torch.isfinite(read_tensor(file, tensor)).all():
+        unbounded = UNBOUNDED.search(tensor.name) is not None
+        if tensor.dtype in TORCH_DTYPE and not all(
+            is_sound(part, unbounded=unbounded) for part in parts_of(file, tensor)
+        ):
             raise AdapterMismatch(
                 f"adapter tensor {tensor.name!r} holds NaN or infinity: the training diverged; nothing was merged.",
                 code="adapter_not_finite",

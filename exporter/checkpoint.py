@@ -20,6 +20,8 @@ MAX_HEADER_BYTES = 100_000_000
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = 100_000_000
+MAX_NAME = 1000
+"""Characters of a tensor's name: ten times the longest of any Gemma."""
 ITEM_SIZE = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -168,6 +170,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _tensor(key: str, entry: Any, data_start: int, name: str) -> Tensor:
     where = f"tensor {key[:200]!r}"
+    if len(key) > MAX_NAME:
+        raise _corrupt(name, f"{where}… has a name of {len(key)} characters, {MAX_NAME} are expected at most")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _corrupt(name, f"{where} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -1,5 +1,6 @@
 """The engines by name, and which of the reference engines stands in for the streaming one."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from dispatcher.artifacts import StoredFile
 from dispatcher.errors import NotAvailable, Unsupported
 from exporter import peft_engine, streaming, unsloth_engine
 from exporter.attempt import Attempt
-from exporter.checkpoint import open_checkpoint
+from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.lease import Report
 from exporter.making import Checks, Made
 from exporter.sources import Base
@@ -25,14 +26,16 @@ class Engine:
     version: Callable[[], str]
     """What decides its bytes, besides base and adapter"""
     make: Callable[[Attempt, Base, Path, Report, Checks], Made]
+    memory_needed: Callable[[Checkpoint], int] = lambda base: 0
+    """Bytes for a whole model in memory, where it holds one"""
 
 
 _ENGINES = {
     engine.name: engine
     for engine in (
         Engine("streaming", streaming.version, streaming.stream),
-        Engine("peft", peft_engine.peft_version, peft_engine.make),
-        Engine("unsloth", unsloth_engine.unsloth_version, unsloth_engine.make),
+        Engine("peft", peft_engine.peft_version, peft_engine.make, peft_engine.memory_needed),
+        Engine("unsloth", unsloth_engine.unsloth_version, unsloth_engine.make, unsloth_engine.memory_needed),
     )
 }
 
@@ -62,9 +65,12 @@ def reference_for(refusal: Unsupported, provider: str, base: Base, adapter: Sequ
     Raises:
         Unsupported: The refusal itself, where there is not the memory for another engine.
     """
-    needed = peft_engine.memory_needed(open_checkpoint(base.directory)) + 2 * sum(file.size for file in adapter)
+    # Of PEFT's types, Unsloth merges LoRA alone.
+    is_lora = not refusal.error_code.startswith("unsupported_peft_type")
+    unsloth = is_lora and provider == "unsloth" and unsloth_engine.is_installed()
+    engine = _ENGINES["unsloth" if unsloth else "peft"]
+    needed = engine.memory_needed(open_checkpoint(base.directory)) + 2 * sum(file.size for file in adapter)
     available = available_memory()
-    engine = _ENGINES["unsloth" if provider == "unsloth" and unsloth_engine.is_installed() else "peft"]
     if needed > available:
         raise Unsupported(
             f"{refusal.message} The {engine.name} engine would need {needed / GIB:.1f} GiB of memory for it, "
@@ -76,10 +82,20 @@ def reference_for(refusal: Unsupported, provider: str, base: Base, adapter: Sequ
 
 def available_memory() -> int:
     """Bytes that this process can still take: of the machine, or of the container if that is less."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    machine = _told("/proc/meminfo", "MemAvailable:")
+    if machine is None:  # a system that does not say
+        return sys.maxsize
     try:
-        limit = int((CGROUP / "memory.max").read_text())
-        return min(machine, limit - int((CGROUP / "memory.current").read_text()))
+        used = int((CGROUP / "memory.current").read_text()) - (_told(CGROUP / "memory.stat", "inactive_file") or 0)
+        return min(machine * 1024, int((CGROUP / "memory.max").read_text()) - used)
     except (OSError, ValueError):  # no limit, or none that is told
-        return machine
+        return machine * 1024
+
+
+def _told(path: Path | str, name: str) -> int | None:
+    """A number from a file of names and numbers."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), None)

@@ -101,9 +101,11 @@ def refuse_unchanged(deltas: Mapping[str, Delta]) -> None:
     Raises:
         VerificationFailed: `nothing_changed`.
     """
-    if not any(delta.largest > 0 for delta in deltas.values()):
+    if not any(delta.written for delta in deltas.values()):
+        largest = max((delta.largest for delta in deltas.values()), default=0.0)
         raise VerificationFailed(
-            "the adapter changes nothing: everything that it would add is zero. Was it saved before the training?",
+            f"the adapter changes nothing: the most that it adds to a weight is {largest:.3g}, which the rounding to "
+            "the base's dtype takes away. Was it saved before the training?",
             code="nothing_changed",
         )
 

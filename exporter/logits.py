@@ -14,7 +14,7 @@ import torch
 
 from dispatcher.errors import ExportError, VerificationFailed
 from exporter.checkpoint import Checkpoint, TensorFile, open_checkpoint
-from exporter.models import is_applied_whole, load_model, quiet
+from exporter.models import is_applied_whole, library_errors, load_model, quiet
 from exporter.tensors import TORCH_DTYPE
 
 log = logging.getLogger(__name__)
@@ -50,21 +50,28 @@ def compare_logits(
         For the manifest: how far they are, the limit, how far the base's own are; or why they were not compared.
 
     Raises:
-        VerificationFailed: `logits_differ`.
+        VerificationFailed: `logits_differ`, `output_not_loadable`.
     """
     tokens = _tokens(config)
     try:
         with quiet(), torch.inference_mode():
             unmerged, untrained = _with_and_without(base, adapter, config, file, tokens)
-            found = _logits(load_model(merged, merged_config, torch.float32), merged_config, tokens)
     except _NotApplied:
         return {"compared": False, "why": "PEFT does not apply this adapter whole to this base"}
     except ExportError as error:
         return {"compared": False, "why": error.message}
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, ImportError) as error:
+    except library_errors() as error:
         # The libraries' own limits (a vision tower that needs timm, a kind of adapter) say nothing of the artifact.
         log.warning("the logits are not compared: %s: %s", type(error).__name__, error)
         return {"compared": False, "why": f"{type(error).__name__} in transformers or PEFT"}
+    try:
+        with quiet(), torch.inference_mode():
+            found = _logits(load_model(merged, merged_config, torch.float32), merged_config, tokens)
+    except library_errors() as error:
+        raise VerificationFailed(
+            f"the base loads in transformers, and the merged model does not: {type(error).__name__}: {error}"[:1000],
+            code="output_not_loadable",
+        ) from error
     difference, change = _rms(found - unmerged), _rms(untrained - unmerged)
     rounding = max(OF_LOGITS.get(name, OF_LOGITS["BF16"]) for name in _dtypes(merged))
     limit = max(OF_CHANGE * change, rounding * _rms(unmerged))

@@ -8,7 +8,7 @@ https://arxiv.org/abs/2402.09353, section 4.
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -98,26 +98,44 @@ class Delta:
     """‖Δ‖²"""
     before_squared: float
     """‖W‖²"""
+    written: bool
+    """Whether any value is another one once it is rounded"""
 
     def __add__(self, other: "Delta") -> "Delta":
         return Delta(
             max(self.largest, other.largest),
             self.squared + other.squared,
             self.before_squared + other.before_squared,
+            self.written or other.written,
         )
 
 
-def delta_between(before: torch.Tensor, after: torch.Tensor) -> Delta:
-    """How far it is from some float32 values to others of the same shape."""
-    return _measured(after - before, before)
+def put_(values: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> Delta:
+    """Round `after` into `values`, which hold `before` so far; float32 both, of the same shape.
+
+    Raises:
+        VerificationFailed: `merge_overflow`.
+    """
+    moved = _measured(after - before, before, _round_into(values, after))
+    if not torch.equal(torch.isfinite(values), torch.isfinite(after)):
+        refuse_overflow(values)
+    return moved
 
 
-def _measured(delta: torch.Tensor, before: torch.Tensor) -> Delta:
+def _round_into(values: torch.Tensor, after: torch.Tensor) -> bool:
+    """Write what is rounded; whether that changed anything."""
+    rounded = after.to(values.dtype)
+    changed = not torch.equal(values, rounded)
+    values.copy_(rounded)
+    return changed
+
+
+def _measured(delta: torch.Tensor, before: torch.Tensor, written: bool) -> Delta:
     if not delta.numel():
-        return Delta(0.0, 0.0, 0.0)
+        return Delta(0.0, 0.0, 0.0, written)
     low, high = torch.aminmax(delta)
-    squares = [float(torch.linalg.vector_norm(values)) ** 2 for values in (delta, before)]
-    return Delta(max(-float(low), float(high)), *squares)
+    squared, before_squared = (float(torch.linalg.vector_norm(values)) ** 2 for values in (delta, before))
+    return Delta(max(-float(low), float(high)), squared, before_squared, written)
 
 
 def row_blocks(rows: int, width: int, limit: int) -> list[tuple[int, int]]:
@@ -153,7 +171,7 @@ def fold_rows_(
     if pair.scale != 1.0:
         delta.mul_(pair.scale)
     if pair.rows is None and pair.columns is None:
-        moved = _measured(delta, before)
+        moved = _measured(delta, before, written=False)
         total = before.add_(delta)
     else:
         total = delta.add_(before)
@@ -162,11 +180,11 @@ def fold_rows_(
             total.mul_((pair.rows[first : first + rows.shape[0]] / norms)[:, None])
         if pair.columns is not None:
             total.mul_(pair.columns)
-        moved = delta_between(before, total)
-    rows.copy_(total)
+        moved = _measured(total - before, before, written=False)
+    written = _round_into(rows, total)
     if _may_overflow(rows.dtype, pair):
         refuse_overflow(rows)
-    return moved
+    return replace(moved, written=written)
 
 
 def squares_by_column(rows: torch.Tensor, first: int, pair: Factors) -> torch.Tensor:

@@ -23,6 +23,9 @@ class Made:
     verified: dict[str, Any]
     config: dict[str, Any]
     """The output's config.json"""
+    logits: dict[str, Any] | None = None
+    """How the logits compare, or why they were not compared; it depends on the machine, and so is no part of what is
+    the same for every run"""
 
 
 @dataclass(frozen=True)

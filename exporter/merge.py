@@ -21,9 +21,8 @@ from exporter.checkpoint import Tensor
 from exporter.lora import (
     Delta,
     Factors,
-    delta_between,
     fold_rows_,
-    refuse_overflow,
+    put_,
     row_blocks,
     squares_by_column,
 )
@@ -204,15 +203,15 @@ def _replaced(output: OutputTensor, saved: Saved, adapter: Adapter) -> Iterator[
 
         def put(buffer: bytearray, scratch: torch.Tensor, first: int = first, count: int = count) -> Delta:
             values = torch.frombuffer(buffer, dtype=dtype, count=count * width)
-            before = scratch[: values.numel()].copy_(values) if not output.resized else values.float().zero_()
+            before = values.float() if not output.resized else torch.zeros(count * width)
             if places is None:
-                values.copy_(read_elements(adapter.file, saved.tensor, first * width, count * width))
+                after = read_elements(adapter.file, saved.tensor, first * width, count * width).float()
             else:
+                after = before.clone()
                 for row in places.keys() & range(first, first + count):
                     new = read_elements(adapter.file, saved.tensor, places[row] * width, width)
-                    values[(row - first) * width :][:width].copy_(new)
-            refuse_overflow(values)
-            return delta_between(before, values)
+                    after[(row - first) * width :][:width].copy_(new)
+            return put_(values, before, after)
 
         yield _block(output, first * width, count * width, put)
 
@@ -231,9 +230,7 @@ def _added(output: OutputTensor, bias: AddedBias, adapter: Adapter) -> _Block:
         values = torch.frombuffer(buffer, dtype=TORCH_DTYPE[output.tensor.dtype], count=count)
         before = values.float()
         after = before + read_tensor(adapter.file, bias.tensor).float() * bias.scale
-        values.copy_(after)
-        refuse_overflow(values)
-        return delta_between(before, after)
+        return put_(values, before, after)
 
     return _block(output, 0, count, add)
 

@@ -191,7 +191,12 @@ class _Work:
             _refuse_changed(recipe.base, identity, self.store, self.adapter_uri)
             if not still_holds(self.store, directory, manifest):
                 raise vanished(f"a file of {directory}")
-            run = {"wall_seconds": round(time.monotonic() - self.started, 3), "peak_rss_bytes": peak_rss_bytes()}
+            run: dict[str, Any] = {
+                "wall_seconds": round(time.monotonic() - self.started, 3),
+                "peak_rss_bytes": peak_rss_bytes(),
+            }
+            if made.logits is not None:
+                run["logits"] = made.logits
             publish_manifest(self.store, directory, manifest, run)
         except BaseException:
             _take_back(attempt, self.hold)

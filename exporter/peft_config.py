@@ -4,7 +4,6 @@ A setting that is not known to leave the meaning of the tensors alone is refused
 adds is not merged as if it were not there. Source: `peft.LoraConfig` of PEFT 0.21.
 """
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ CONFIG_NAME = "adapter_config.json"
 _SILENT = re2.Options()
 _SILENT.log_errors = False  # it would write to stderr past our log
 MAX_CONFIG_BYTES = 1_000_000
+MAX_RANK = 1_000_000
+MAX_ALPHA = 1e30
 
 _IRRELEVANT = frozenset({
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -33,9 +34,13 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "bias": ("none", "all", "lora_only"),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
-_MUTATING = re.compile(r"pissa.*|olora|corda|loftq|lora_ga", re.IGNORECASE)
-"""Values of `init_lora_weights` that take what the pair starts with out of the base's own weights: the pair belongs to
-those, and PEFT itself cannot make them again where that takes chance (`pissa_niter_…`) or data (`corda`)."""
+_NOT_ONE_WEIGHT = {
+    "layer_replication": "the model has some of the base's layers several times, each with pairs of its own",
+    "alora_invocation_tokens": "its pairs only count after certain tokens, which no weight can say",
+    "arrow_config": "which of its pairs counts is decided for each token, which no weight can say",
+    "use_qalora": "its pairs are of groups of inputs, of weights that are stored quantized",
+}
+"""Settings whose result is not one weight for each of the base's; PEFT merges some of them wrong."""
 _NOT_MERGEABLE = frozenset({
     *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"),
     *("CPT", "CARTRIDGE", "ADAPTION_PROMPT"),
@@ -67,17 +72,23 @@ def refuse_unmergeable(config: dict[str, Any]) -> None:
 
     Raises:
         AdapterMismatch: `adapter_nothing_to_merge` for prompt tuning and its like, `adapter_base_mutated` for a pair
-            that belongs to other weights than the base's.
+            that takes what it starts with out of the base's own weights, and so belongs to others (PEFT itself cannot
+            make them again where that takes chance or data), and those of `_NOT_ONE_WEIGHT`.
     """
     kind = config.get("peft_type")
-    if kind in _NOT_MERGEABLE:
+    if isinstance(kind, str) and kind in _NOT_MERGEABLE:
         raise AdapterMismatch(
             f"the adapter is of PEFT type {kind}: it trains no weight of the model, so there is nothing to merge. "
             "Export it as it is (export_type adapter).",
             code="adapter_nothing_to_merge",
         )
+    for name, reason in _NOT_ONE_WEIGHT.items():
+        if config.get(name):
+            raise AdapterMismatch(
+                f"the adapter was trained with {name}: {reason}.", code=f"adapter_{name.removeprefix('use_')}"
+            )
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and _MUTATING.fullmatch(init):
+    if isinstance(init, str) and init not in _DEFAULTS["init_lora_weights"]:
         raise AdapterMismatch(
             f"the adapter was trained with init_lora_weights = {init[:40]!r}, so it belongs to a base whose weights "
             "were changed before the training. Save it converted to the original base: "
@@ -123,10 +134,10 @@ def rank_and_scale(config: dict[str, Any], module: str) -> tuple[int, float]:
         SourceError: A pattern or `lora_alpha` is not what PEFT writes (`adapter_config_invalid`).
     """
     rank = _setting(config, "rank_pattern", "r", module)
-    if type(rank) is not int or rank <= 0:
+    if type(rank) is not int or not 0 < rank < MAX_RANK:
         raise rank_mismatch(module, f"the config gives rank {str(rank)[:40]}")
     alpha = _setting(config, "alpha_pattern", "lora_alpha", module)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < MAX_ALPHA:
         raise _invalid(f"lora_alpha of {module[:200]!r} is {str(alpha)[:40]!r}, a number was expected")
     return rank, scaling(alpha, rank, use_rslora=bool(config.get("use_rslora")))
 

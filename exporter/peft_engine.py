@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from dispatcher.errors import AdapterMismatch, SourceError, Unsupported
+from dispatcher.logs import clean
 from exporter.adapter import WEIGHTS_NAME, refuse_not_finite
 from exporter.attempt import Attempt
 from exporter.checkpoint import Checkpoint, TensorFile, open_checkpoint, read_tensor_file
@@ -19,13 +20,14 @@ from exporter.gemma import family_of
 from exporter.lease import Report
 from exporter.making import WRITE_FROM, WRITE_TO, Checks, Made, checked_logits
 from exporter.model_card import CARD_NAME
-from exporter.models import is_applied_whole, load_model, quiet
+from exporter.models import is_applied_whole, library_errors, load_model, quiet
 from exporter.peft_config import read_config, refuse_unmergeable
 from exporter.plan import is_tied
 from exporter.sidefiles import publish_copy, write_side_files
 from exporter.sources import MAX_CONFIG_BYTES, Base
 from exporter.verify import verify_reference
 
+MAX_MESSAGE = 500
 DTYPE = torch.bfloat16
 """What the model is loaded and saved in, as the platform did before the streaming engine."""
 
@@ -39,9 +41,9 @@ def peft_version() -> str:
 
 
 def memory_needed(base: Checkpoint) -> int:
-    """Bytes that merging takes at its height: the model, and a copy of its largest tensors while it is saved."""
-    elements = sum(math.prod(tensor.shape) for file in base.files for tensor in file.tensors)
-    return 2 * DTYPE.itemsize * elements
+    """Bytes that merging takes at its height: the model, a copy of it while it is saved, float32 of the largest."""
+    sizes = [math.prod(tensor.shape) for file in base.files for tensor in file.tensors]
+    return 2 * DTYPE.itemsize * sum(sizes) + 4 * max(sizes, default=0)
 
 
 def make(attempt: Attempt, base: Base, adapter_dir: Path, report: Report, checks: Checks) -> Made:
@@ -78,7 +80,7 @@ def made_by(
     checkpoint = open_checkpoint(base.directory)
     with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
         output = Path(scratch)
-        merged, copied = merge(base, adapter_dir, output)
+        merge(base, adapter_dir, output)
         report("verifying", WRITE_FROM)
         verified = verify_reference(output, checkpoint, family_of(base.config))
         files = write_side_files(attempt, base.directory, adapter_dir)
@@ -88,8 +90,9 @@ def made_by(
                 report("publishing", WRITE_TO)
                 files.append(publish_copy(attempt, path.name, path))
         config = read_json_object(output / "config.json", limit=MAX_CONFIG_BYTES)
-    verified["logits"] = checked_logits(attempt, files, base, checkpoint, adapter_dir, config, checks)
-    return Made(files, {"merged": merged, "copied": copied}, verified, config)
+    logits = checked_logits(attempt, files, base, checkpoint, adapter_dir, config, checks)
+    changed = verified["tensors_changed"]
+    return Made(files, {"changed": changed, "copied": verified["tensors_read"] - changed}, verified, config, logits)
 
 
 def merge_with_peft(base: Base, adapter: Path, output: Path) -> tuple[int, int]:
@@ -124,8 +127,10 @@ def merge_with_peft(base: Base, adapter: Path, output: Path) -> tuple[int, int]:
             targeted = len(wrapped.targeted_module_names)
             merged = wrapped.merge_and_unload()
             merged.save_pretrained(output)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise Unsupported(f"PEFT could not merge it: {type(error).__name__}: {error}", code="peft_failed") from error
+    except library_errors() as error:
+        what = clean(f"{type(error).__name__}: {error}", limit=MAX_MESSAGE)
+        raise Unsupported(f"PEFT could not merge it: {what}", code="peft_failed") from error
+
     return targeted, len(merged.state_dict()) - targeted
 
 

@@ -17,6 +17,8 @@ from exporter.checkpoint import Tensor
 from exporter.pairs import refuse_unreadable
 from exporter.peft_config import names_in
 
+CLASSIFIERS = ("classifier", "score")
+"""PEFT names both for every classifier; a model has one of them. Source: `peft.PeftModelForSequenceClassification`"""
 TOKENS_SUFFIX = ".token_adapter.trainable_tokens_delta"
 EMBEDDING_LAYERS = (["embed_tokens", "weight"], ["lm_head", "weight"])
 """What PEFT takes for embeddings: the ends of their weights' names. Source: `peft.utils.other.EMBEDDING_LAYER_NAMES`"""
@@ -59,12 +61,19 @@ def saved_tensor(name: str, tensor: Tensor, config: dict[str, Any]) -> Saved | N
         found = Saved(f"{module}.weight", tensor, _indices(module, tensor, config))
     elif _is_saved_module(name, config) or (config.get("bias") in ("all", "lora_only") and name.endswith(".bias")):
         found = Saved(name.replace(".base_layer.", "."), tensor, None)
-    elif (plain := name.replace(".base_layer.", ".")).split(".")[-2:] in EMBEDDING_LAYERS:
+    elif (plain := _plain(name)).split(".")[-2:] in EMBEDDING_LAYERS:
         found = Saved(plain, tensor, None, copy=True)
     else:
         return None
     refuse_unreadable(tensor)
     return found
+
+
+def _plain(name: str) -> str:
+    """A tensor's own name, without the levels that PEFT puts around a layer."""
+    for level in (".token_adapter.", ".base_layer.", ".original_module."):
+        name = name.replace(level, ".")
+    return name
 
 
 def refuse_missing(config: dict[str, Any], names: Iterable[str]) -> None:
@@ -79,12 +88,15 @@ def refuse_missing(config: dict[str, Any], names: Iterable[str]) -> None:
         SourceError: `modules_to_save` is no list of names (`adapter_config_invalid`).
     """
     names = list(names)
-    modules = [
-        module for module in names_in(config, "modules_to_save") if not any(_is_within(name, module) for name in names)
-    ]
-    if modules:
+    saved = names_in(config, "modules_to_save")
+    if config.get("ensure_weight_tying"):  # then PEFT adds the name that the embedding has in some other class
+        saved = [module.rpartition(".")[2] for module in saved]
+    missing = [module for module in saved if not any(_is_within(name, module) for name in names)]
+    if any(module in CLASSIFIERS for module in saved if module not in missing):
+        missing = [module for module in missing if module not in CLASSIFIERS]
+    if missing:
         raise AdapterMismatch(
-            f"modules_to_save names {modules[0][:200]!r}, of which the file holds nothing: it is incomplete.",
+            f"modules_to_save names {missing[0][:200]!r}, of which the file holds nothing: it is incomplete.",
             code="adapter_half_missing",
         )
     if config.get("trainable_token_indices") and not any(name.endswith(TOKENS_SUFFIX) for name in names):

@@ -58,7 +58,7 @@ def stream(attempt: Attempt, base: Base, adapter_dir: Path, report: Report, chec
     files += write_side_files(attempt, base.directory, adapter_dir)
     report("verifying", WRITE_TO)
     verified = verify_merged(attempt.store, attempt.directory, plan, adapter, files)
-    verified["logits"] = checked_logits(attempt, files, base, checkpoint, adapter_dir, config, checks)
+    logits = checked_logits(attempt, files, base, checkpoint, adapter_dir, config, checks)
     ledger = ledger_of(plan, adapter, family, deltas)
     files.append(attempt.publish(LEDGER_NAME, lambda writer: writer.write(encoded(ledger))))
     tensors: dict[str, Any] = {operation: plan.count(operation) for operation in Plan.operations}
@@ -67,7 +67,7 @@ def stream(attempt: Attempt, base: Base, adapter_dir: Path, report: Report, chec
         tensors["mapped_to_tower"] = plan.tower
     if plan.untied:
         tensors["untied"] = True
-    return Made(files, tensors, verified, config)
+    return Made(files, tensors, verified, config, logits)
 
 
 def _write_shards(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dispatcher.errors import AdapterMismatch
 from exporter.adapter import Adapter, Change
 from exporter.checkpoint import Checkpoint, Tensor
-from exporter.gemma import HEAD, Family, canonical_name
+from exporter.gemma import EMBEDDINGS, HEAD, Family, canonical_name
 from exporter.pairs import LoraPair
 from exporter.saved import Saved
 from exporter.tensors import is_zero
@@ -71,30 +71,33 @@ def resolve(adapter: Adapter, base: Checkpoint, family: Family, *, tied: bool) -
     wanted = [(change, canonical_name(change.target, family)) for change in adapter.changes]
     heads = [(change, name) for change, name in wanted if name == HEAD and tied]
     wanted = [(change, name) for change, name in wanted if name != HEAD or not tied]
-    biases = [(change, name) for change, name in wanted if name not in names and name.endswith(".bias")]
-    astray = [item for item in wanted if item[1] not in names and item not in biases]
+    astray = [(change, name) for change, name in wanted if name not in names and not name.endswith(".bias")]
     move = _move_of(astray, names, tensors, found=[name for _, name in wanted if name in names]) if astray else None
 
     def moved(name: str) -> str:
         return name if name in names or move is None else move(name)
 
     targets = [Target(change, HEAD) for change, _ in heads]
+    unneeded = []
     for change, name in wanted:
-        if (change, name) in biases:
-            _refuse_bias(change, moved(name.removesuffix(".bias") + ".weight") in names, adapter)
+        found = names.get(moved(name), [])
+        if not found:
+            weight = name.removesuffix(".bias") + ".weight"
+            _refuse_bias(change, moved(weight) in names or (tied and weight == HEAD), adapter)
+            unneeded.append(change)
             continue
-        found = names[moved(name)]
         if len(found) > 1:
             raise AdapterMismatch(
                 f"{change.target!r} fits more than one tensor of the base: {', '.join(found[:4])}.",
                 code="adapter_ambiguous",
             )
         targets.append(Target(change, found[0]))
-    return Resolved(tuple(targets), tuple(change for change, _ in biases), move.tower if move else None)
+    return Resolved(tuple(targets), tuple(unneeded), move.tower if move else None)
 
 
 def _refuse_bias(change: Change, has_module: bool, adapter: Adapter) -> None:
-    if not has_module:
+    """Refuse what is for no tensor of the base, but a bias that is zero, for a module without one."""
+    if not has_module or not change.target.endswith(".bias"):
         raise _unmatched([change])
     if not all(is_zero(adapter.file, tensor) for tensor in change.tensors):
         raise AdapterMismatch(
@@ -128,9 +131,7 @@ def _move_of(
     moves = {_Move("", end) for end in ends if end.count(".") == 1}
     moves |= {_Move(tower, "") for tower in TEXT_TOWERS if first.startswith(tower)}
     fitting = sorted(
-        move
-        for move in moves
-        if all(move(name) in names and fits(change, tensors[names[move(name)][0]]) for change, name in astray)
+        move for move in moves if all(_may_be_for(change, move(name), names, tensors) for change, name in astray)
     )
     if len(fitting) > 1:
         raise AdapterMismatch(
@@ -141,6 +142,15 @@ def _move_of(
     if not fitting or any(name != HEAD for name in found):
         raise _unmatched([change for change, _ in astray])
     return fitting[0]
+
+
+def _may_be_for(change: Change, name: str, names: Mapping[str, list[str]], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor of this canonical name is there and of the right shape; an embedding may have other rows."""
+    if name not in names:
+        return False
+    tensor = tensors[names[name][0]]
+    wanted, found = shape_of(change, tensor), tensor.shape
+    return wanted[1:] == found[1:] if name in EMBEDDINGS else wanted == found
 
 
 def shape_of(change: Change, tensor: Tensor) -> tuple[int, ...]:

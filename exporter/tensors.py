@@ -5,6 +5,7 @@ Not through mmap: touched pages of a mapping count as resident, so a whole model
 
 import math
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -18,7 +19,7 @@ TORCH_DTYPE = {
 }
 """The floating dtypes that a fold reads or writes, by their safetensors name."""
 
-COMPARED_ELEMENTS = 1 << 20
+PART_ELEMENTS = 1 << 20
 
 
 def read_into(fd: int, buffer: memoryview, offset: int, name: str) -> None:
@@ -58,15 +59,26 @@ def same_values(file: TensorFile, tensor: Tensor, other_file: TensorFile, other:
     """Whether two floating tensors hold the same numbers, of whatever dtypes; read block by block."""
     if tensor.shape != other.shape:
         return False
-    total = math.prod(tensor.shape)
-    for first in range(0, total, COMPARED_ELEMENTS):
-        count = min(COMPARED_ELEMENTS, total - first)
-        values, others = read_elements(file, tensor, first, count), read_elements(other_file, other, first, count)
-        if not torch.equal(values.double(), others.double()):
-            return False
-    return True
+    pairs = zip(parts_of(file, tensor), parts_of(other_file, other), strict=True)
+    return all(torch.equal(values.double(), others.double()) for values, others in pairs)
 
 
 def is_zero(file: TensorFile, tensor: Tensor) -> bool:
-    """Whether a small tensor is zero everywhere."""
-    return not bool(read_tensor(file, tensor).any())
+    """Whether a tensor is zero everywhere."""
+    return not any(bool(part.any()) for part in parts_of(file, tensor))
+
+
+def is_sound(values: torch.Tensor, *, unbounded: bool = False) -> bool:
+    """Whether there is no NaN, and no infinity unless that is what the values are for."""
+    if not values.numel():
+        return True
+    # NaN is both the least and the greatest of what it is among; this is many times as fast as `isfinite`.
+    ends = torch.stack(torch.aminmax(values))
+    return not bool((torch.isnan(ends) if unbounded else ~torch.isfinite(ends)).any())
+
+
+def parts_of(file: TensorFile, tensor: Tensor) -> Iterator[torch.Tensor]:
+    """A tensor of any size in pieces, 1-D and of its own dtype, in order."""
+    total = math.prod(tensor.shape)
+    for first in range(0, total, PART_ELEMENTS):
+        yield read_elements(file, tensor, first, min(PART_ELEMENTS, total - first))

@@ -9,7 +9,7 @@ Source: https://github.com/huggingface/peft/issues/2777
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dispatcher.errors import AdapterMismatch
+from dispatcher.errors import AdapterMismatch, Unsupported
 from exporter.adapter import Change
 from exporter.checkpoint import Tensor, TensorFile
 from exporter.gemma import HEAD
@@ -44,6 +44,10 @@ def settle(
         stored: The base's tensors.
         embedding: The name of the embedding in a base that ties its head to it; None when they are not tied.
         hidden_head: Whether PEFT trains single tokens in the embedding alone.
+
+    Raises:
+        AdapterMismatch: `adapter_duplicate_target`.
+        Unsupported: `unsupported_tokens_beside_head`, `unsupported_tokens_of_a_copy`.
     """
     targets, confirmed = _without_copies(targets, file, stored, embedding)
     if embedding is None:
@@ -53,10 +57,23 @@ def settle(
     if of_head and len(of_head) == len(of_embedding) == 1 and _are_twins(of_embedding[0], of_head[0], file):
         kept = [target for target in targets if target.name != HEAD]
         return Settled(tuple(kept), (*confirmed, *of_head), untied=False)
+    rows_and_more = any(_is_rows(change) for change in of_embedding) and not all(map(_is_rows, of_head))
+    if rows_and_more and not hidden_head:
+        raise Unsupported(
+            f"the adapter trained single tokens of the embedding, which the head shares, and {of_head[0].target!r} "
+            "besides: what the two make of the head together is not merged.",
+            code="unsupported_tokens_beside_head",
+        )
     tied = not of_head and not any(_is_of_one_layer(change, hidden_head) for change in of_embedding)
     if not tied and not of_head and (copy := _base_of(of_embedding)) is not None:
         targets = [*targets, Target(Saved(HEAD, copy, None), HEAD)]
+    if not tied and not of_embedding and (copy := _base_of(of_head)) is not None:
+        targets = [*targets, Target(Saved(embedding, copy, None), embedding)]
     return Settled(tuple(targets), tuple(confirmed), untied=not tied)
+
+
+def _is_rows(change: Change) -> bool:
+    return isinstance(change, Saved) and change.rows is not None
 
 
 def _is_of_one_layer(change: Change, hidden_head: bool) -> bool:
@@ -88,6 +105,12 @@ def _without_copies(
             kept.append(target)
         elif isinstance(pair := kept[at].change, LoraPair):
             kept[at] = replace(kept[at], change=replace(pair, base=copy.tensor))
+        elif _is_rows(kept[at].change):
+            raise Unsupported(
+                f"the adapter trained single tokens of {copy.target!r}, and brings another one than the base's "
+                "(a resized vocabulary?), which is not merged: train the layer whole (modules_to_save).",
+                code="unsupported_tokens_of_a_copy",
+            )
         else:
             raise AdapterMismatch(
                 f"the adapter stores {copy.target!r} twice: as trained, and as a copy that is not the base's.",

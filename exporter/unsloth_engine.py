@@ -9,6 +9,7 @@ so what it wrote is compared with what PEFT makes of each layer before it counts
 import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -86,6 +87,12 @@ def unsloth_version() -> str:
             code="engine_not_available",
         ) from error
     return f"{packages}+torch-{torch.__version__}+on-{'gpu' if torch.cuda.is_available() else 'cpu'}"
+
+
+def memory_needed(base: Checkpoint) -> int:
+    """Bytes that merging takes at its height: without a GPU Unsloth loads float32, and checking adds the largest."""
+    sizes = [math.prod(tensor.shape) for file in base.files for tensor in file.tensors]
+    return 4 * (sum(sizes) + 4 * max(sizes, default=0))
 
 
 def make(attempt: Attempt, base: Base, adapter_dir: Path, report: Report, checks: Checks) -> Made:

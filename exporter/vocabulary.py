@@ -74,4 +74,6 @@ def _added_ids(head: str) -> list[int]:
         tokens, _ = json.JSONDecoder().raw_decode(head, match.end())
     except (ValueError, RecursionError):
         return []
+    if not isinstance(tokens, list):
+        return []
     return [token["id"] for token in tokens if isinstance(token, dict) and isinstance(token.get("id"), int)]

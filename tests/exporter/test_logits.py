@@ -31,7 +31,7 @@ def test_the_merged_model_speaks_as_base_and_adapter_do(family: str, dtype: torc
     model = save_base(family, tmp_path / "base", dtype=dtype, layout=FAMILIES[family].layouts[0])
     make_adapter(family, model, tmp_path / "adapter")
     result = export(tmp_path / "base", tmp_path / "adapter", tmp_path / "store", checks=Checks())
-    logits = result.summary["verified"]["logits"]
+    logits = result.summary["logits"]
     if family == "gemma3n":  # whose vision tower is timm's
         assert not logits["compared"]
         assert logits["why"]
@@ -40,7 +40,7 @@ def test_the_merged_model_speaks_as_base_and_adapter_do(family: str, dtype: torc
     assert logits["rms_difference"] <= logits["rms_limit"] / 2
     assert logits["rms_difference_of_base"] > 2 * logits["rms_limit"]
     manifest = json.loads((path_of(result.artifact.uri) / "export.json").read_text())
-    assert manifest["verified"]["logits"] == logits
+    assert manifest["run"]["logits"] == logits
 
 
 @pytest.mark.parametrize("wrong", ["not merged", "merged twice", "wrong scale"])
@@ -63,9 +63,9 @@ def test_what_speaks_otherwise_is_not_published(wrong: str, tmp_path: Path, monk
 
 
 def _why(result: Made | object) -> str:
-    summary: dict[str, dict[str, dict[str, object]]] = result.summary  # type: ignore[union-attr]  # a Result
-    assert summary["verified"]["logits"]["compared"] is False
-    return str(summary["verified"]["logits"]["why"])
+    summary: dict[str, dict[str, object]] = result.summary  # type: ignore[union-attr]  # a Result
+    assert summary["logits"]["compared"] is False
+    return str(summary["logits"]["why"])
 
 
 def test_what_is_not_compared_says_why(tmp_path: Path) -> None:
