@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dispatcher.contract import TrainingJob
-from dispatcher.errors import ExportError, SourceError
+from dispatcher.errors import ExportError, SourceError, Unsupported
 from exporter import merge
 from exporter.architecture import fitting_config
 from exporter.bases import base_for
@@ -27,7 +27,8 @@ def inspect(adapter_dir: Path, base_id: str | None, token: TokenSource) -> dict[
 
     Returns:
         `outcome` is `merged` (with the counts, bytes, memory and the use of every adapter tensor), `passthrough` (it is
-        a whole model), or `refused` (with the error's `code` and `message`).
+        a whole model), `reference_engine` (the streaming engine does not support it), `undecided` (headers do not
+        tell), or `refused`; with the error's `code` and `message`.
     """
     report: dict[str, Any] = {"adapter": str(adapter_dir), "base": base_id}
     try:
@@ -37,12 +38,18 @@ def inspect(adapter_dir: Path, base_id: str | None, token: TokenSource) -> dict[
         report |= {"peft_type": config.get("peft_type"), "base": base_id or config.get("base_model_name_or_path")}
         if not isinstance(report["base"], str) or not report["base"]:
             raise SourceError("the adapter's config names no base: name one with --base.", code="base_missing")
-        base = base_for(_job(report["base"], adapter_dir), config, token, opener=open_without_weights)
+        revision = config.get("revision") if base_id is None else None
+        base = base_for(_job(report["base"], revision, adapter_dir), config, token, opener=open_without_weights)
         checkpoint = headers_of(base, token)
         base = replace(base, config=fitting_config(base.config, checkpoint.tensors()))
         plan, adapter, family, _ = planned(base, checkpoint, adapter_dir)
         ledger = ledger_of(plan, adapter, family, {})
+    except Unsupported as error:
+        return {**report, "outcome": "reference_engine", "code": error.error_code, "message": error.message}
     except ExportError as error:
+        if error.error_code == "source_changed" and report["base"] is not None and not Path(report["base"]).exists():
+            why = "it brings a copy of the base's embedding, and whether that is the base's, only its weights can tell"
+            return {**report, "outcome": "undecided", "message": f"{why}: name a base in a directory (--base)."}
         return {**report, "outcome": "refused", "code": error.error_code, "message": error.message}
     return {
         **report,
@@ -60,8 +67,9 @@ def inspect(adapter_dir: Path, base_id: str | None, token: TokenSource) -> dict[
     }
 
 
-def _job(base: str, adapter_dir: Path) -> TrainingJob:
+def _job(base: str, pinned: object, adapter_dir: Path) -> TrainingJob:
     model_id, _, revision = base.partition("@") if not Path(base).exists() else (base, "", "")
+    revision = revision or (pinned if isinstance(pinned, str) else "")
     return TrainingJob(
         job_id="inspect",
         user_id="inspect",

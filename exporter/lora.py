@@ -98,7 +98,7 @@ class Delta:
     """‖Δ‖²"""
     before_squared: float
     """‖W‖²"""
-    written: bool
+    written: bool = False
     """Whether any value is another one once it is rounded"""
 
     def __add__(self, other: "Delta") -> "Delta":
@@ -116,7 +116,8 @@ def put_(values: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> Del
     Raises:
         VerificationFailed: `merge_overflow`.
     """
-    moved = _measured(after - before, before, _round_into(values, after))
+    moved = _measured(after - before, before)  # first: `before` may be these very values
+    moved = replace(moved, written=_round_into(values, after))
     if not torch.equal(torch.isfinite(values), torch.isfinite(after)):
         refuse_overflow(values)
     return moved
@@ -130,12 +131,12 @@ def _round_into(values: torch.Tensor, after: torch.Tensor) -> bool:
     return changed
 
 
-def _measured(delta: torch.Tensor, before: torch.Tensor, written: bool) -> Delta:
+def _measured(delta: torch.Tensor, before: torch.Tensor) -> Delta:
     if not delta.numel():
-        return Delta(0.0, 0.0, 0.0, written)
+        return Delta(0.0, 0.0, 0.0)
     low, high = torch.aminmax(delta)
     squared, before_squared = (float(torch.linalg.vector_norm(values)) ** 2 for values in (delta, before))
-    return Delta(max(-float(low), float(high)), squared, before_squared, written)
+    return Delta(max(-float(low), float(high)), squared, before_squared)
 
 
 def row_blocks(rows: int, width: int, limit: int) -> list[tuple[int, int]]:
@@ -171,7 +172,7 @@ def fold_rows_(
     if pair.scale != 1.0:
         delta.mul_(pair.scale)
     if pair.rows is None and pair.columns is None:
-        moved = _measured(delta, before, written=False)
+        moved = _measured(delta, before)
         total = before.add_(delta)
     else:
         total = delta.add_(before)
@@ -180,7 +181,7 @@ def fold_rows_(
             total.mul_((pair.rows[first : first + rows.shape[0]] / norms)[:, None])
         if pair.columns is not None:
             total.mul_(pair.columns)
-        moved = _measured(total - before, before, written=False)
+        moved = _measured(total - before, before)
     written = _round_into(rows, total)
     if _may_overflow(rows.dtype, pair):
         refuse_overflow(rows)

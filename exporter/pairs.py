@@ -135,13 +135,14 @@ def pairs_of(parts: Parts, config: dict[str, Any]) -> Iterator[LoraPair | AddedB
     Raises:
         AdapterMismatch: A half is missing, or a tensor too many is there, or ranks and shapes contradict each other
             or the config (`adapter_half_missing`, `adapter_unknown_tensor`, `adapter_rank_mismatch`,
-            `adapter_shape_mismatch`, `adapter_ambiguous`).
+            `adapter_shape_mismatch`, `adapter_ambiguous`, `adapter_untargeted`).
         Unsupported: `unsupported_adapter_dtype`, `unsupported_conv_lora`, `unsupported_target_parameters`.
     """
     depths: dict[str, int] = {}
     for module, _ in parts:
         depths[module] = depths.get(module, 0) + 1
     for (module, depth), found in sorted(parts.items()):
+        _refuse_untargeted(module, config)
         names = _parameters(module, config)
         if depths[module] != len(names) or depth >= len(names):
             raise AdapterMismatch(
@@ -150,6 +151,33 @@ def pairs_of(parts: Parts, config: dict[str, Any]) -> Iterator[LoraPair | AddedB
                 code="adapter_ambiguous",
             )
         yield from _made(module, names[-1 - depth], found, config)
+
+
+def _refuse_untargeted(module: str, config: dict[str, Any]) -> None:
+    """Refuse a pair that the config's lists leave out, and that PEFT would therefore not apply.
+
+    Raises:
+        AdapterMismatch: `adapter_untargeted`.
+    """
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    layers = config.get("layers_to_transform")
+    by_parameter = any(f".{module}.".endswith(f".{_module_of(t)}.") for t in names_in(config, "target_parameters"))
+    tied = config.get("ensure_weight_tying") and module.rpartition(".")[2] == "lm_head"
+    if by_parameter or tied:
+        return
+    number = re.match(r".*\.[^.]*\.(\d+)\.", module)  # PEFT's own pattern for where the layer's number is
+    wanted = [layers] if isinstance(layers, int) else layers
+    # By the last part of each name: what is before it, tools rename in one of the two files alone.
+    last = module.rpartition(".")[2]
+    left_out = isinstance(targets, list) and bool(targets) and last not in {str(t).rpartition(".")[2] for t in targets}
+    left_out |= isinstance(excluded, list) and last in excluded
+    left_out |= isinstance(wanted, list) and number is not None and int(number[1]) not in wanted
+    if left_out:
+        raise AdapterMismatch(
+            f"the file holds a pair for {module[:200]!r}, which is none of the config's target_modules, or is excluded "
+            "there: config and weights are of different adapters.",
+            code="adapter_untargeted",
+        )
 
 
 def _parameters(module: str, config: dict[str, Any]) -> list[str]:

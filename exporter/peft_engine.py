@@ -3,10 +3,12 @@
 Kept to compare with, and as the way out (`--engine peft`) for what the streaming engine refuses as unsupported.
 """
 
+import dataclasses
 import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,7 +94,7 @@ def made_by(
         config = read_json_object(output / "config.json", limit=MAX_CONFIG_BYTES)
     logits = checked_logits(attempt, files, base, checkpoint, adapter_dir, config, checks)
     changed = verified["tensors_changed"]
-    return Made(files, {"changed": changed, "copied": verified["tensors_read"] - changed}, verified, config, logits)
+    return Made(files, {"merged": changed, "copied": verified["tensors_read"] - changed}, verified, config, logits)
 
 
 def merge_with_peft(base: Base, adapter: Path, output: Path) -> tuple[int, int]:
@@ -145,18 +147,40 @@ def read_for_peft(adapter: Path, base: Base) -> TensorFile:
     if not (adapter / WEIGHTS_NAME).is_file():
         raise SourceError(f"{adapter} has no {WEIGHTS_NAME}.", code="adapter_weights_missing")
     file = read_tensor_file(adapter / WEIGHTS_NAME)
-    refuse_unmergeable(read_config(adapter))
+    config = read_config(adapter)
+    refuse_unmergeable(config)
+    _refuse_what_peft_ignores(config)
     _refuse_what_peft_gets_wrong(file, base)
     refuse_not_finite(file)
     return file
+
+
+def _refuse_what_peft_ignores(config: dict[str, Any]) -> None:
+    """PEFT leaves out a setting that it does not know, and only warns: what it stands for would not be merged."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(str(config.get("peft_type")))
+    if kind is None:
+        return
+    known = {field.name for field in dataclasses.fields(kind)}
+    for name, value in config.items():
+        if value and name not in known:
+            raise AdapterMismatch(
+                f"the adapter was trained with {name[:80]} = {str(value)[:80]!r}, which neither this build nor its "
+                "PEFT knows: was it saved by a later one?",
+                code="adapter_unknown_setting",
+            )
 
 
 def _refuse_what_peft_gets_wrong(file: TensorFile, base: Base) -> None:
     """On a tied model PEFT changes the one tensor that head and embedding share for the sake of one, or forgets one."""
     if not is_tied(base.config):
         return
+    hidden_head = family_of(base.config).hidden_head
     for tensor in file.tensors:
-        if "lm_head." in tensor.name:
+        if "trainable_tokens" in tensor.name and hidden_head:
+            code = "unsupported_tied_tokens"
+        elif "lm_head." in tensor.name:
             code = "unsupported_tied_lm_head"
         elif "lora_embedding_" in tensor.name:
             code = "unsupported_embedding_lora"

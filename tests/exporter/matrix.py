@@ -126,6 +126,7 @@ def of_type(config: peft.PeftConfig) -> Make:
 QV = ("q_proj", "v_proj")
 BOTH = ("embed_tokens", "lm_head")
 ONE = ("gemma3_text",)
+TOKENS_AND_HEAD = "unsupported_tokens_beside_head"
 ROWS = (
     Row("LoRA", trained()),
     Row("LoRA, ranks and alphas by pattern", trained(rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 3})),
@@ -164,11 +165,14 @@ ROWS = (
     Row("init: olora", trained(*QV, init_lora_weights="olora"), ONE, "adapter_base_mutated"),
     Row("init: corda", settings(trained(*QV), init_lora_weights="corda"), ONE, "adapter_base_mutated"),
     Row("init: loftq", settings(trained(*QV), init_lora_weights="loftq"), ONE, "adapter_base_mutated"),
+    Row(
+        "tokens and a pair on lm_head", trained("q_proj", "lm_head", trainable_token_indices=[22]), ONE, TOKENS_AND_HEAD
+    ),
     Row("init: lora_ga", settings(trained(*QV), init_lora_weights="lora_ga"), ONE, "adapter_base_mutated"),
-    Row("layer_replication", trained(*QV, layer_replication=[(0, 2), (1, 2)]), ONE, "unsupported_layer_replication"),
-    Row("use_qalora", settings(trained(*QV), use_qalora=True), ONE, "unsupported_use_qalora"),
+    Row("layer_replication", trained(*QV, layer_replication=[(0, 2), (1, 2)]), ONE, "adapter_layer_replication"),
+    Row("use_qalora", settings(trained(*QV), use_qalora=True), ONE, "adapter_qalora"),
     Row("megatron_config", settings(trained(*QV), megatron_config={"a": 1}), ONE, "unsupported_megatron_config"),
-    Row("alora", trained(*QV, alora_invocation_tokens=[5]), ONE, "unsupported_alora_invocation_tokens"),
+    Row("alora", trained(*QV, alora_invocation_tokens=[5]), ONE, "adapter_alora_invocation_tokens"),
     Row("bdlora", settings(trained(*QV), use_bdlora={"nblocks": 2}), ONE, "unsupported_use_bdlora"),
     Row("LoHa", of_type(peft.LoHaConfig(r=2, target_modules=[*QV])), ONE, "unsupported_peft_type_loha"),
     Row("LoKr", of_type(peft.LoKrConfig(r=2, target_modules=[*QV])), ONE, "unsupported_peft_type_lokr"),

@@ -9,7 +9,7 @@ import torch
 
 from dispatcher.artifacts import path_of
 from dispatcher.errors import VerificationFailed
-from exporter import making, streaming
+from exporter import making, model_config, streaming
 from exporter.making import Checks, Made
 from tests.exporter.damage import edit_adapter
 from tests.exporter.exporting import export
@@ -97,3 +97,66 @@ def test_an_adapter_that_adds_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(VerificationFailed) as refused:
         export(tmp_path / "base", tmp_path / "adapter", tmp_path / "store")
     assert refused.value.error_code == "nothing_changed"
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-5])
+def test_what_the_rounding_takes_away_is_no_merge(scale: float, tmp_path: Path) -> None:
+    model = save_base("gemma3_text", tmp_path / "base")
+    make_adapter("gemma3_text", model, tmp_path / "adapter", targets=["q_proj"])
+    edit_adapter(
+        tmp_path / "adapter", lambda own: {name: t * scale if "lora_B" in name else t for name, t in own.items()}
+    )
+    with pytest.raises(VerificationFailed) as refused:
+        export(tmp_path / "base", tmp_path / "adapter", tmp_path / "store")
+    assert refused.value.error_code == "nothing_changed"
+
+
+def test_a_merged_model_that_does_not_load_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_base("gemma3_text", tmp_path / "base")
+    make_adapter("gemma3_text", model, tmp_path / "adapter", targets=["q_proj"])
+    real = model_config.merged_config
+
+    def wrong(config, plan):  # type: ignore[no-untyped-def]  # passes on
+        return {**real(config, plan), "intermediate_size": 48}
+
+    monkeypatch.setattr(streaming, "merged_config", wrong)
+    with pytest.raises(VerificationFailed) as refused:
+        export(tmp_path / "base", tmp_path / "adapter", tmp_path / "store", checks=Checks())
+    assert refused.value.error_code == "output_not_loadable"
+
+
+def test_bounds_that_are_infinite_are_no_diverged_training(tmp_path: Path) -> None:
+    model = save_base("gemma4", tmp_path / "base", dtype=torch.float32)
+    make_adapter(
+        "gemma4", model, tmp_path / "adapter", targets=r".*language_model.*q_proj", modules_to_save=["audio_tower"]
+    )
+    assert any(torch.isinf(tensor).any() for tensor in file_tensors(tmp_path / "adapter").values())
+    assert export(tmp_path / "base", tmp_path / "adapter", tmp_path / "store").summary["replaced"] > 10
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+@pytest.mark.parametrize("zero", [True, False])
+def test_biases_of_a_text_adapter_go_where_its_weights_go(bias: str, zero: bool, tmp_path: Path) -> None:
+    """Also those that were trained to zero, where the base's are not."""
+    whole = build_model("gemma3", dtype=torch.float32)
+    config = whole.config
+    config.text_config.attention_bias = True
+    model = type(whole)(config).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
+    save_base("gemma3", tmp_path / "base", model=model)
+    make_adapter("gemma3", model, tmp_path / "whole", targets=r".*language_model.*q_proj", bias=bias)
+    edit_adapter(
+        tmp_path / "whole",
+        lambda own: {
+            name.replace("language_model.", ""): t * 0 if zero and name.endswith(".bias") else t
+            for name, t in own.items()
+            if "language_model" in name
+        },
+    )
+    merged = file_tensors(path_of(export(tmp_path / "base", tmp_path / "whole", tmp_path / "store").artifact.uri))
+    name = "language_model.model.layers.0.self_attn.q_proj.bias"
+    own = file_tensors(tmp_path / "whole")
+    trained = next(t for key, t in own.items() if "layers.0.self_attn.q_proj" in key and key.endswith(".bias"))
+    assert torch.equal(merged[name], trained)
+    assert merged[name].any() != zero

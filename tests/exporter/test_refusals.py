@@ -136,6 +136,7 @@ def _both_generations(tensors: Tensors) -> Tensors:
 
 
 def _on_the_embedding(place: Path) -> None:
+    edit_config(place / "adapter", target_modules=None)
     rows, width = file_tensors(place / "base")["model.embed_tokens.weight"].shape
     edit_adapter(
         place / "adapter",
@@ -225,7 +226,7 @@ def _eight_bit(tensors: Tensors) -> Tensors:
         pytest.param(_on_the_embedding, "adapter_unknown_tensor", id="a linear layer's pair on the embedding"),
         pytest.param(
             _with(FIRST.replace("q_proj.", "conv."), torch.ones(4, 2, 3, 3)),
-            "adapter_half_missing",
+            "adapter_untargeted",
             id="half a convolution",
         ),
         pytest.param(
@@ -265,8 +266,16 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(
         ({"bias": "some"}, "unsupported_bias"),
         ({"lora_bias": True}, "adapter_half_missing"),
         ({"trainable_token_indices": [1]}, "adapter_half_missing"),
-        ({"layer_replication": [[0, 1]]}, "unsupported_layer_replication"),
-        ({"use_qalora": True}, "unsupported_use_qalora"),
+        ({"layer_replication": [[0, 1]]}, "adapter_layer_replication"),
+        ({"use_qalora": True}, "adapter_qalora"),
+        ({"peft_type": ["LORA"]}, "unsupported_peft_type__lora_"),
+        ({"lora_alpha": 10**400}, "adapter_config_invalid"),
+        ({"r": 10**400}, "adapter_rank_mismatch"),
+        ({"rank_pattern": {"(" * 5000: 2}}, "adapter_config_invalid"),
+        ({"target_modules": ["q_proj"]}, "adapter_untargeted"),
+        ({"exclude_modules": ["v_proj"]}, "adapter_untargeted"),
+        ({"layers_to_transform": [0]}, "adapter_untargeted"),
+        ({"layers_to_transform": 1}, "adapter_untargeted"),
         ({"init_lora_weights": "PiSSA"}, "adapter_base_mutated"),
         ({"target_parameters": "experts.down_proj"}, "adapter_config_invalid"),
         ({"init_lora_weights": 1}, "unsupported_init_lora_weights"),
@@ -425,6 +434,7 @@ def test_an_untied_head_is_merged_like_any_linear(tmp_path: Path) -> None:
     config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": False}))
     make_adapter("gemma3_text", build_model("gemma3_text"), tmp_path / "adapter", targets=["q_proj"])
     rows, width = tensors["lm_head.weight"].shape
+    edit_config(tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
     edit_adapter(
         tmp_path / "adapter",
         lambda own: {

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import safetensors.torch
 import torch
@@ -13,7 +14,7 @@ from exporter.merged import Result
 from tests.exporter.damage import edit_adapter
 from tests.exporter.exporting import export
 from tests.exporter.matrix import listed
-from tests.gemmas import file_tensors, load_model, make_adapter, same_bits, save_base, text_logits
+from tests.gemmas import build_model, file_tensors, load_model, make_adapter, same_bits, save_base, text_logits
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embed")
@@ -72,6 +73,41 @@ def test_a_copy_that_is_not_the_bases_is_what_its_pair_is_added_to(tmp_path: Pat
     delta = 2.0 * (own[f"{prefix}lora_embedding_B"] @ own[f"{prefix}lora_embedding_A"]).T
     torch.testing.assert_close(merged[EMBEDDING], own[copy] + delta)
     assert same_bits(merged[HEAD], own[copy])
+
+
+def test_a_heads_copy_that_is_not_the_bases_is_the_embeddings_too(tmp_path: Path) -> None:
+    """PEFT loads it into the one tensor that both are."""
+    save_base("gemma3_text", tmp_path / "base", dtype=torch.float32)
+    model = build_model("gemma3_text", dtype=torch.float32)
+    model.get_input_embeddings().weight.data[3:7] = 0.25
+    listed("q_proj", "lm_head", save_embeddings="auto")("gemma3_text", model, tmp_path / "adapter")
+    result = export(tmp_path / "base", tmp_path / "adapter", tmp_path / "store")
+    unmerged = peft.PeftModel.from_pretrained(load_model(tmp_path / "base"), tmp_path / "adapter")
+    merged = text_logits(load_model(path_of(result.artifact.uri)))
+    torch.testing.assert_close(merged, text_logits(unmerged), rtol=1e-4, atol=1e-4)
+
+
+def test_a_pair_on_the_head_alone_of_a_resized_vocabulary(tmp_path: Path) -> None:
+    save_base("gemma3_text", tmp_path / "base", dtype=torch.float32)
+    model = build_model("gemma3_text", dtype=torch.float32)
+    model.resize_token_embeddings(324)
+    listed("lm_head", save_embeddings=True)("gemma3_text", model, tmp_path / "adapter")
+    result = export(tmp_path / "base", tmp_path / "adapter", tmp_path / "store")
+    assert config_of(result)["vocab_size"] == 324
+    assert text_logits(load_model(path_of(result.artifact.uri))).shape[-1] == 324
+
+
+def test_a_text_adapter_with_a_resized_vocabulary_finds_its_tower(tmp_path: Path) -> None:
+    save_base("gemma3", tmp_path / "base", dtype=torch.float32)
+    model = build_model("gemma3_text", dtype=torch.float32)
+    model.resize_token_embeddings(324)
+    make_adapter(
+        "gemma3_text", model, tmp_path / "adapter", targets=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
+    )
+    result = export(tmp_path / "base", tmp_path / "adapter", tmp_path / "store")
+    assert result.summary["mapped_to_tower"] == "language_model"
+    model = load_model(path_of(result.artifact.uri))
+    assert model.lm_head.weight.shape[0] == model.get_input_embeddings().weight.shape[0] == 324
 
 
 def test_a_head_that_the_base_stores_beside_its_twin_follows_it(tmp_path: Path) -> None:
