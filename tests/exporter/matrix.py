@@ -18,7 +18,7 @@ import transformers
 from dispatcher.artifacts import path_of
 from dispatcher.errors import ExportError
 from exporter.merged import Result
-from tests.exporter.damage import edit_config
+from tests.exporter.damage import Tensors, edit_adapter, edit_config
 from tests.exporter.exporting import export
 from tests.gemmas import (
     FAMILIES,
@@ -30,6 +30,8 @@ from tests.gemmas import (
     text_logits,
 )
 from tests.gemmas.exact import exact_merge
+from tests.gemmas.quantized import CONFIG, edit_base_config, quantize_in_place
+from tests.gemmas.tokenizer import VOCABULARY
 
 RIGHT = "right"
 EVERY = tuple(FAMILIES)
@@ -42,6 +44,7 @@ TOLERANCE = 2e-4
 """Of logits in float32, which two orders of summing make differ."""
 
 Make = Callable[[str, transformers.PreTrainedModel, Path], None]
+Judge = Callable[[str, Path], "Cell"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Row:
     families: tuple[str, ...] = EVERY
     outcome: str = RIGHT
     """`RIGHT`, or the code with which it is refused"""
+    judge: "Judge | None" = None
+    """Exports and judges what `make` alone does not make; None is `cell`."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,66 @@ def settings(make: Make, **changes: Any) -> Make:
     return changed
 
 
+def keys(make: Make, change: Callable[[Tensors], Tensors]) -> Make:
+    """An adapter whose file holds other tensors than PEFT wrote."""
+
+    def changed(family: str, model: transformers.PreTrainedModel, directory: Path) -> None:
+        make(family, model, directory)
+        edit_adapter(directory, change)
+
+    return changed
+
+
+def resized(family: str, place: Path) -> Cell:
+    """An adapter of a model with more tokens than its base, both layers trained whole."""
+    model = save_base(family, place / "base", dtype=torch.float32, layout=FAMILIES[family].layouts[0])
+    model.resize_token_embeddings(VOCABULARY + 6)
+    trained(*QV, modules_to_save=[*BOTH])(family, model, place / "adapter")
+    result = export(place / "base", place / "adapter", place / "store")
+    base = load_model(place / "base")
+    base.resize_token_embeddings(VOCABULARY + 6)
+    wanted = text_logits(peft.PeftModel.from_pretrained(base, place / "adapter"))
+    merged = text_logits(load_model(path_of(result.artifact.uri)))
+    assert merged.shape[-1] == VOCABULARY + 6
+    error = float((merged - wanted).abs().max())
+    assert error <= TOLERANCE * max(1.0, float(wanted.abs().max())), f"logits differ by {error}"
+    return Cell(RIGHT, error)
+
+
+def whole(family: str, place: Path) -> Cell:
+    """A full fine-tune in the adapter's place."""
+    for name, seed in (("base", 0), ("adapter", 1)):
+        save_base(family, place / name, seed=seed, layout=FAMILIES[family].layouts[0])
+    result = export(place / "base", place / "adapter", place / "store", engine="auto")
+    for path in (place / "adapter").glob("*.safetensors"):
+        assert (path_of(result.artifact.uri) / path.name).read_bytes() == path.read_bytes()
+    return Cell(RIGHT)
+
+
+def leftover(family: str, place: Path) -> Cell:
+    """A base of 16-bit weights whose config says that they are quantized."""
+    model = save_base(family, place / "base", layout=FAMILIES[family].layouts[0])
+    trained()(family, model, place / "adapter")
+    wanted = path_of(export(place / "base", place / "adapter", place / "plain").artifact.uri)
+    edit_base_config(place / "base", quantization_config=CONFIG)
+    merged = path_of(export(place / "base", place / "adapter", place / "store").artifact.uri)
+    assert (merged / "model.safetensors").read_bytes() == (wanted / "model.safetensors").read_bytes()
+    assert "quantization_config" not in (merged / "config.json").read_text()
+    return Cell(RIGHT)
+
+
+def packed(family: str, place: Path) -> Cell:
+    """A base in 4 bits, of which nothing tells the 16-bit twin."""
+    model = save_base(family, place / "base", layout=FAMILIES[family].layouts[0])
+    trained()(family, model, place / "adapter")
+    quantize_in_place(place / "base")
+    try:
+        export(place / "base", place / "adapter", place / "store", engine="auto")
+    except ExportError as error:
+        return Cell(error.error_code)
+    return Cell(RIGHT)
+
+
 def of_type(config: peft.PeftConfig) -> Make:
     """An adapter of another PEFT type than LoRA."""
 
@@ -126,6 +191,13 @@ def of_type(config: peft.PeftConfig) -> Make:
 QV = ("q_proj", "v_proj")
 BOTH = ("embed_tokens", "lm_head")
 ONE = ("gemma3_text",)
+KEY = "base_model.model."
+STRAY = keys(trained(), lambda own: {**own, f"{KEY}model.stranger.weight": torch.ones(2)})
+NAMED = keys(
+    trained(), lambda own: {**own, f"{KEY}model.layers.0.self_attn.q_proj.lora_A.other.weight": torch.ones(4, 16)}
+)
+DOUBLED = keys(trained(), lambda own: {**own, **{k.replace(f"{KEY}model.", KEY): v.clone() for k, v in own.items()}})
+FLAT = tuple(family for family in TEXT_ONLY if family != "gemma3n")
 TOKENS_AND_HEAD = "unsupported_tokens_beside_head"
 ROWS = (
     Row("LoRA", trained()),
@@ -174,6 +246,13 @@ ROWS = (
     Row("megatron_config", settings(trained(*QV), megatron_config={"a": 1}), ONE, "unsupported_megatron_config"),
     Row("alora", trained(*QV, alora_invocation_tokens=[5]), ONE, "adapter_alora_invocation_tokens"),
     Row("bdlora", settings(trained(*QV), use_bdlora={"nblocks": 2}), ONE, "unsupported_use_bdlora"),
+    Row("a resized vocabulary", trained(), EVERY, judge=resized),
+    Row("a quantized base without a twin", trained(), EVERY, "base_quantized", judge=packed),
+    Row("a base with a quantization's leftover", trained(), EVERY, judge=leftover),
+    Row("a full fine-tune", trained(), EVERY, judge=whole),
+    Row("an unknown tensor", STRAY, FLAT, "adapter_unknown_tensor"),
+    Row("a second adapter's keys", NAMED, FLAT, "adapter_unknown_tensor"),
+    Row("one target by two names", DOUBLED, FLAT, "adapter_duplicate_target"),
     Row("LoHa", of_type(peft.LoHaConfig(r=2, target_modules=[*QV])), ONE, "unsupported_peft_type_loha"),
     Row("LoKr", of_type(peft.LoKrConfig(r=2, target_modules=[*QV])), ONE, "unsupported_peft_type_lokr"),
     Row("OFT", of_type(peft.OFTConfig(r=0, oft_block_size=4, target_modules=[*QV])), ONE, "unsupported_peft_type_oft"),
@@ -211,6 +290,8 @@ def cell(row: Row, family: str, place: Path) -> Cell:
     Raises:
         AssertionError: It was exported, and is not right.
     """
+    if row.judge is not None:
+        return row.judge(family, place)
     layout = FAMILIES[family].layouts[0]
     for dtype in (torch.float32, torch.bfloat16):
         here = place / str(dtype).removeprefix("torch.")

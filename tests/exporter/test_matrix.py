@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.exporter.matrix import ONE, RIGHT, ROWS, Row, cell
+from tests.exporter.matrix import RIGHT, ROWS, Row, cell
 
 REPRESENTATIVES = ("gemma3_text", "gemma3", "gemma4_moe")
 CELLS = [
@@ -25,11 +25,7 @@ def test_every_feature_is_right_or_refused_by_name(row: Row, family: str, tmp_pa
     """Right is what the unmerged model says, and as often the correctly rounded value as PEFT's where that is right."""
     found = cell(row, family, tmp_path)
     assert found.outcome == row.outcome
-    if row.outcome == RIGHT:
+    if row.outcome == RIGHT and row.judge is None:
         assert found.of > 0
         assert found.rounded_here >= found.rounded_in_peft
         assert found.rounded_here >= 0.999 * found.of
-
-
-def test_the_rows_that_are_refused_say_so_of_one_family() -> None:
-    assert all(row.families == ONE for row in ROWS if row.outcome != RIGHT)
