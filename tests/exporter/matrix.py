@@ -197,7 +197,6 @@ NAMED = keys(
     trained(), lambda own: {**own, f"{KEY}model.layers.0.self_attn.q_proj.lora_A.other.weight": torch.ones(4, 16)}
 )
 DOUBLED = keys(trained(), lambda own: {**own, **{k.replace(f"{KEY}model.", KEY): v.clone() for k, v in own.items()}})
-FLAT = tuple(family for family in TEXT_ONLY if family != "gemma3n")
 TOKENS_AND_HEAD = "unsupported_tokens_beside_head"
 ROWS = (
     Row("LoRA", trained()),
@@ -250,9 +249,9 @@ ROWS = (
     Row("a quantized base without a twin", trained(), EVERY, "base_quantized", judge=packed),
     Row("a base with a quantization's leftover", trained(), EVERY, judge=leftover),
     Row("a full fine-tune", trained(), EVERY, judge=whole),
-    Row("an unknown tensor", STRAY, FLAT, "adapter_unknown_tensor"),
-    Row("a second adapter's keys", NAMED, FLAT, "adapter_unknown_tensor"),
-    Row("one target by two names", DOUBLED, FLAT, "adapter_duplicate_target"),
+    Row("an unknown tensor", STRAY, TEXT_ONLY, "adapter_unknown_tensor"),
+    Row("a second adapter's keys", NAMED, TEXT_ONLY, "adapter_unknown_tensor"),
+    Row("one target by two names", DOUBLED, TEXT_ONLY, "adapter_duplicate_target"),
     Row("LoHa", of_type(peft.LoHaConfig(r=2, target_modules=[*QV])), ONE, "unsupported_peft_type_loha"),
     Row("LoKr", of_type(peft.LoKrConfig(r=2, target_modules=[*QV])), ONE, "unsupported_peft_type_lokr"),
     Row("OFT", of_type(peft.OFTConfig(r=0, oft_block_size=4, target_modules=[*QV])), ONE, "unsupported_peft_type_oft"),
