@@ -6,12 +6,14 @@ log stays JSON, and the memory is given back. Unsloth skips pairs whose names it
 so what it wrote is compared with what PEFT makes of each layer before it counts (`exporter.applied`).
 """
 
+import contextlib
 import importlib.util
 import json
 import logging
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,6 +63,21 @@ _QUIET = {
 }
 """Nothing is fetched, nobody is told (loading a model downloads `unslothai/…` repositories to be counted), and nothing
 is compiled for a training that will not be."""
+_INHERITED = (
+    "PATH",
+    "PYTHON",
+    "LD_",
+    "LANG",
+    "LC_",
+    "HOME",
+    "TMP",
+    "TEMP",
+    "CUDA",
+    "NVIDIA_",
+    "OMP_",
+    "MKL_",
+    "VIRTUAL_",
+)
 _ERRORS: dict[str, type[ExportError]] = {
     kind.__name__: kind
     for kind in (AdapterMismatch, NotAvailable, SourceError, Unavailable, Unsupported, VerificationFailed)
@@ -189,16 +206,13 @@ def _run(place: Path, output: Path, while_waiting: Callable[[], None]) -> None:
                 else:
                     return
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with whatever it started
 
 
 def _environment(place: Path) -> dict[str, str]:
-    """This process's, without secrets and without whatever would change what Unsloth does."""
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("UNSLOTH_", "HF_", "HUGGING_FACE_", "GEMMA_EXPORT_"))
-    }
+    """What a program needs of this process's: no secret, and nothing that would change what Unsloth does."""
+    inherited = {name: value for name, value in os.environ.items() if name.startswith(_INHERITED)}
     caches = {name: str(place / "cache") for name in ("HF_HOME", "TORCHINDUCTOR_CACHE_DIR", "UNSLOTH_COMPILE_LOCATION")}
     gpu = {} if torch.cuda.is_available() else {"UNSLOTH_ALLOW_CPU": "1"}
     return inherited | _QUIET | caches | gpu
