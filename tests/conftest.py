@@ -19,6 +19,10 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+# Each comparison of logits takes whole models and the seconds to import what loads them; the tests of the logits, the
+# matrix and the demo ask for it.
+os.environ.setdefault("VERIFY_LOGITS", "never")
+
 # A busy machine is no reason for a property test to fail.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")

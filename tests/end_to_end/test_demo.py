@@ -19,7 +19,9 @@ together = pytest.mark.xdist_group("demo")
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("demo")
-    assert demo.run(directory) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VERIFY_LOGITS", "auto")
+        assert demo.run(directory) == 0
     return directory
 
 
@@ -30,6 +32,9 @@ def test_the_demo_leaves_a_merged_model_that_recites(shown: Path) -> None:
     assert status == 0
     assert said["recites"] == {"base": False, "adapter": True, "merged": True}
     assert said["answers"]["merged"] == said["sentence"]
+    logits = json.loads((merged / "export.json").read_text())["run"]["logits"]
+    assert logits["compared"]
+    assert 0 <= logits["rms_difference"] < logits["rms_limit"] < logits["rms_difference_of_base"]
 
 
 @together
