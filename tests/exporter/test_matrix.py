@@ -28,4 +28,4 @@ def test_every_feature_is_right_or_refused_by_name(row: Row, family: str, tmp_pa
     if row.outcome == RIGHT and row.judge is None:
         assert found.of > 0
         assert found.rounded_here >= found.rounded_in_peft
-        assert found.rounded_here >= 0.999 * found.of
+        assert found.rounded_here >= 0.998 * found.of  # float32 sums that lie on the edge between two values
