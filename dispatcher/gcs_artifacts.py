@@ -1,5 +1,6 @@
 """Artifacts in a bucket of Cloud Storage: create-only by precondition, and read by generation."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +66,8 @@ class GcsArtifacts:
         page_size: int = PAGE,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
+        # The client would ask for the bucket itself, in a thread that outlives it, to describe it in traces.
+        os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
         with translating("Cloud Storage"):
             self._client = Client(project=None)
         self._bucket = bucket

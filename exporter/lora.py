@@ -113,6 +113,8 @@ class Delta:
 def put_(values: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> Delta:
     """Round `after` into `values`, which hold `before` so far; float32 both, of the same shape.
 
+    Infinity is only what was infinite in `after` already: a caller that computed that looks at it.
+
     Raises:
         VerificationFailed: `merge_overflow`.
     """

@@ -23,6 +23,7 @@ from exporter.lora import (
     Factors,
     fold_rows_,
     put_,
+    refuse_overflow,
     row_blocks,
     squares_by_column,
 )
@@ -230,6 +231,7 @@ def _added(output: OutputTensor, bias: AddedBias, adapter: Adapter) -> _Block:
         values = torch.frombuffer(buffer, dtype=TORCH_DTYPE[output.tensor.dtype], count=count)
         before = values.float()
         after = before + read_tensor(adapter.file, bias.tensor).float() * bias.scale
+        refuse_overflow(after)
         return put_(values, before, after)
 
     return _block(output, 0, count, add)

@@ -24,7 +24,7 @@ from dispatcher.errors import AdapterMismatch, Unsupported
 from exporter.checkpoint import Tensor, TensorFile
 from exporter.gemma import EXPERT_PARAMETERS, EXPERTS_MODULE
 from exporter.lora import Factors, factors
-from exporter.peft_config import names_in, rank_and_scale, rank_mismatch
+from exporter.peft_config import module_of, names_in, rank_and_scale, rank_mismatch, refuse_untargeted
 from exporter.tensors import read_tensor
 
 FLOATING = frozenset({"F32", "F16", "BF16"})
@@ -142,7 +142,7 @@ def pairs_of(parts: Parts, config: dict[str, Any]) -> Iterator[LoraPair | AddedB
     for module, _ in parts:
         depths[module] = depths.get(module, 0) + 1
     for (module, depth), found in sorted(parts.items()):
-        _refuse_untargeted(module, config)
+        refuse_untargeted(module, config)
         names = _parameters(module, config)
         if depths[module] != len(names) or depth >= len(names):
             raise AdapterMismatch(
@@ -153,39 +153,12 @@ def pairs_of(parts: Parts, config: dict[str, Any]) -> Iterator[LoraPair | AddedB
         yield from _made(module, names[-1 - depth], found, config)
 
 
-def _refuse_untargeted(module: str, config: dict[str, Any]) -> None:
-    """Refuse a pair that the config's lists leave out, and that PEFT would therefore not apply.
-
-    Raises:
-        AdapterMismatch: `adapter_untargeted`.
-    """
-    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
-    layers = config.get("layers_to_transform")
-    by_parameter = any(f".{module}.".endswith(f".{_module_of(t)}.") for t in names_in(config, "target_parameters"))
-    tied = config.get("ensure_weight_tying") and module.rpartition(".")[2] == "lm_head"
-    if by_parameter or tied:
-        return
-    number = re.match(r".*\.[^.]*\.(\d+)\.", module)  # PEFT's own pattern for where the layer's number is
-    wanted = [layers] if isinstance(layers, int) else layers
-    # By the last part of each name: what is before it, tools rename in one of the two files alone.
-    last = module.rpartition(".")[2]
-    left_out = isinstance(targets, list) and bool(targets) and last not in {str(t).rpartition(".")[2] for t in targets}
-    left_out |= isinstance(excluded, list) and last in excluded
-    left_out |= isinstance(wanted, list) and number is not None and int(number[1]) not in wanted
-    if left_out:
-        raise AdapterMismatch(
-            f"the file holds a pair for {module[:200]!r}, which is none of the config's target_modules, or is excluded "
-            "there: config and weights are of different adapters.",
-            code="adapter_untargeted",
-        )
-
-
 def _parameters(module: str, config: dict[str, Any]) -> list[str]:
     """The parameters of a module that were trained, in the order of its own definition, as PEFT wraps them."""
     if module.rpartition(".")[2] != EXPERTS_MODULE:
         return ["weight"]
     targets = names_in(config, "target_parameters")
-    named = {target.rpartition(".")[2] for target in targets if f".{module}.".endswith(f".{_module_of(target)}.")}
+    named = {target.rpartition(".")[2] for target in targets if f".{module}.".endswith(f".{module_of(target)}.")}
     if unknown := sorted(named - set(EXPERT_PARAMETERS)):
         raise Unsupported(
             f"the adapter trained the parameter {unknown[0][:80]!r} of {module[:200]!r}; "
@@ -193,11 +166,6 @@ def _parameters(module: str, config: dict[str, Any]) -> list[str]:
             code="unsupported_target_parameters",
         )
     return [name for name in EXPERT_PARAMETERS if name in named]
-
-
-def _module_of(target: str) -> str:
-    """The end of the module's name that a target parameter gives; the experts' own where it gives none."""
-    return target.rpartition(".")[0] or EXPERTS_MODULE
 
 
 def _made(

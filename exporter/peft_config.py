@@ -12,6 +12,7 @@ import re2
 
 from dispatcher.errors import AdapterMismatch, ExportError, SourceError, Unsupported
 from exporter.documents import read_json_object
+from exporter.gemma import EXPERTS_MODULE
 from exporter.lora import scaling
 
 CONFIG_NAME = "adapter_config.json"
@@ -174,3 +175,35 @@ def names_in(config: dict[str, Any], setting: str) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise _invalid(f"{setting} is {str(names)[:80]}, a list of names was expected")
     return names
+
+
+def refuse_untargeted(module: str, config: dict[str, Any]) -> None:
+    """Refuse a pair that the config's lists leave out, and that PEFT would therefore not apply.
+
+    Raises:
+        AdapterMismatch: `adapter_untargeted`.
+    """
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    layers = config.get("layers_to_transform")
+    by_parameter = any(f".{module}.".endswith(f".{module_of(t)}.") for t in names_in(config, "target_parameters"))
+    tied = config.get("ensure_weight_tying") and module.rpartition(".")[2] == "lm_head"
+    if by_parameter or tied:
+        return
+    number = re.match(r".*\.[^.]*\.(\d+)\.", module)  # PEFT's own pattern for where the layer's number is
+    wanted = [layers] if isinstance(layers, int) else layers
+    # By the last part of each name: what is before it, tools rename in one of the two files alone.
+    last = module.rpartition(".")[2]
+    left_out = isinstance(targets, list) and bool(targets) and last not in {str(t).rpartition(".")[2] for t in targets}
+    left_out |= isinstance(excluded, list) and last in excluded
+    left_out |= isinstance(wanted, list) and number is not None and int(number[1]) not in wanted
+    if left_out:
+        raise AdapterMismatch(
+            f"the file holds a pair for {module[:200]!r}, which is none of the config's target_modules, or is excluded "
+            "there: config and weights are of different adapters.",
+            code="adapter_untargeted",
+        )
+
+
+def module_of(target: str) -> str:
+    """The end of the module's name that a target parameter gives; the experts' own where it gives none."""
+    return target.rpartition(".")[0] or EXPERTS_MODULE

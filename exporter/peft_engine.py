@@ -58,7 +58,7 @@ def make(attempt: Attempt, base: Base, adapter_dir: Path, report: Report, checks
 
 
 def made_by(
-    merge: Callable[[Base, Path, Path], tuple[int, int]],
+    merge: Callable[[Base, Path, Path], None],
     attempt: Attempt,
     base: Base,
     adapter_dir: Path,
@@ -97,16 +97,13 @@ def made_by(
     return Made(files, {"merged": changed, "copied": verified["tensors_read"] - changed}, verified, config, logits)
 
 
-def merge_with_peft(base: Base, adapter: Path, output: Path) -> tuple[int, int]:
+def merge_with_peft(base: Base, adapter: Path, output: Path) -> None:
     """Load base and adapter, merge, and save weights and config into `output`.
 
     Args:
         base: The base model, local.
         adapter: A PEFT adapter directory with `adapter_model.safetensors`.
         output: An existing, empty directory.
-
-    Returns:
-        How many tensors were merged, and how many were not.
 
     Raises:
         SourceError: `adapter_weights_missing`, or `base_not_loadable` when transformers cannot load the base.
@@ -126,14 +123,10 @@ def merge_with_peft(base: Base, adapter: Path, output: Path) -> tuple[int, int]:
                 raise AdapterMismatch(
                     "PEFT did not apply the adapter whole: its modules are not this base's.", code="adapter_unmatched"
                 )
-            targeted = len(wrapped.targeted_module_names)
-            merged = wrapped.merge_and_unload()
-            merged.save_pretrained(output)
+            wrapped.merge_and_unload().save_pretrained(output)
     except library_errors() as error:
         what = clean(f"{type(error).__name__}: {error}", limit=MAX_MESSAGE)
         raise Unsupported(f"PEFT could not merge it: {what}", code="peft_failed") from error
-
-    return targeted, len(merged.state_dict()) - targeted
 
 
 def read_for_peft(adapter: Path, base: Base) -> TensorFile:

@@ -124,7 +124,7 @@ def make(attempt: Attempt, base: Base, adapter_dir: Path, report: Report, checks
 
 def merge_with_unsloth(
     base: Base, adapter: Path, output: Path, *, while_waiting: Callable[[], None] = lambda: None
-) -> tuple[int, int]:
+) -> None:
     """Have Unsloth merge, and leave weights, index and config in `output`.
 
     Args:
@@ -132,9 +132,6 @@ def merge_with_unsloth(
         adapter: A PEFT adapter directory with `adapter_model.safetensors`.
         output: An existing, empty directory.
         while_waiting: Called now and then; what it raises stops the work.
-
-    Returns:
-        How many tensors the adapter changed, and how many are the base's, byte for byte.
 
     Raises:
         NotAvailable: `engine_not_available`.
@@ -153,12 +150,11 @@ def merge_with_unsloth(
         answer: dict[str, Any] = {}
         if (place / "answer.json").is_file():
             answer = json.loads((place / "answer.json").read_text())
-        if "merged" not in answer:
+        if not answer.get("done"):
             raise _failure(answer, (place / "log").read_text(errors="replace"))
     for path in output.iterdir():
         if not (path.suffix == ".safetensors" or path.name in (INDEX_NAME, "config.json")):
             path.unlink()
-    return answer["merged"], answer["copied"]
 
 
 def _lay_out(base: Path, checkpoint: Checkpoint, adapter: Path, place: Path) -> None:
@@ -231,8 +227,8 @@ def _child(place: Path, output: Path) -> None:
     """What runs in the process of its own: merge, verify, and leave `answer.json`."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        merged, copied = _merge(place, output)
-        answer: dict[str, Any] = {"merged": merged, "copied": copied}
+        _merge(place, output)
+        answer: dict[str, Any] = {"done": True}
     except ExportError as error:
         answer = {"kind": type(error).__name__, "code": error.error_code, "message": error.message}
     except Exception as error:  # whatever the libraries raise is an answer
@@ -247,7 +243,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _merge(place: Path, output: Path) -> tuple[int, int]:
+def _merge(place: Path, output: Path) -> None:
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         _stand_in_for_a_gpu()
@@ -270,7 +266,7 @@ def _merge(place: Path, output: Path) -> tuple[int, int]:
         )
     model.save_pretrained_merged(str(output), tokenizer, save_method="merged_16bit")
     config = read_json_object(place / "base" / "config.json", limit=MAX_CONFIG_BYTES)
-    return verify_applied(open_checkpoint(output), open_checkpoint(place / "base"), model, family_of(config), config)
+    verify_applied(open_checkpoint(output), open_checkpoint(place / "base"), model, family_of(config), config)
 
 
 def _stand_in_for_a_gpu() -> None:

@@ -160,3 +160,16 @@ def test_biases_of_a_text_adapter_go_where_its_weights_go(bias: str, zero: bool,
     trained = next(t for key, t in own.items() if "layers.0.self_attn.q_proj" in key and key.endswith(".bias"))
     assert torch.equal(merged[name], trained)
     assert merged[name].any() != zero
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT takes a bias for a broken half of a pair
+def test_an_added_bias_that_overflows_is_refused(tmp_path: Path) -> None:
+    """In float32 too, where the sum itself is infinite and nothing more is lost by the rounding."""
+    model = save_base("gemma3", tmp_path / "base", dtype=torch.float32)
+    make_adapter("gemma3", model, tmp_path / "adapter", targets=r".*vision_tower.*q_proj", lora_bias=True)
+    edit_adapter(
+        tmp_path / "adapter", lambda own: {n: t * 0 + 3e38 if n.endswith("B.bias") else t for n, t in own.items()}
+    )
+    with pytest.raises(VerificationFailed) as refused:
+        export(tmp_path / "base", tmp_path / "adapter", tmp_path / "store")
+    assert refused.value.error_code == "merge_overflow"

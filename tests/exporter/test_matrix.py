@@ -28,4 +28,5 @@ def test_every_feature_is_right_or_refused_by_name(row: Row, family: str, tmp_pa
     if row.outcome == RIGHT and row.judge is None:
         assert found.of > 0
         assert found.rounded_here >= found.rounded_in_peft
-        assert found.rounded_here >= 0.998 * found.of  # float32 sums that lie on the edge between two values
+        # One in a thousand float32 sums, or one of a few, may lie on the edge between two values.
+        assert found.of - found.rounded_here <= max(1, 0.001 * found.of)

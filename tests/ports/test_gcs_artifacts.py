@@ -242,3 +242,13 @@ def test_a_path_of_a_machine_is_refused(store: GcsArtifacts, uri: str) -> None:
         with pytest.raises(SourceError) as error:
             use(uri)
         assert error.value.error_code == "uri_unsupported"
+
+
+def test_nothing_is_asked_of_the_bucket_itself(cloud: StorageProxy, store: GcsArtifacts, bucket: str) -> None:
+    """Its metadata, for traces that nobody collects: another permission, and a thread that goes on for minutes."""
+    put(store, "x/file", b"small")
+    assert store.read(store.uri("x/file")) == b"small"
+    for thread in threading.enumerate():
+        if "fetch" in thread.name:
+            thread.join()
+    assert [target for _, target, _ in cloud.requests if target.partition("?")[0].endswith(f"/b/{bucket}")] == []
