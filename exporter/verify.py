@@ -14,9 +14,9 @@ from dispatcher.artifacts import ArtifactReader, ArtifactStore, StoredFile
 from dispatcher.crc32c import Crc32c
 from dispatcher.errors import NotFound, Unavailable, VerificationFailed
 from exporter.adapter import Adapter
+from exporter.blocks import column_norms, matrices_in, own_base
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.gemma import Family, canonical_name
-from exporter.merge import column_norms, matrices_in, own_base
 from exporter.pairs import AddedBias, LoraPair, matrices_of
 from exporter.plan import OutputFile, OutputTensor, Plan
 from exporter.saved import Saved
