@@ -162,6 +162,13 @@ class Artifact(Frozen):
     files: int
     manifest: str | None
     """The URI of its `export.json`, written last; None for an adapter, which is served as it lies."""
+    file: str | None = None
+    """The URI of the one file that is the model; None where a whole directory is."""
+
+    @property
+    def path(self) -> str:
+        """What a caller is told: the file, or the directory."""
+        return self.file or self.uri
 
 
 class Failure(Frozen):
@@ -206,7 +213,9 @@ class ExportRecord(Frozen):
     @property
     def path(self) -> str | None:
         """The URI of the result, once there is one."""
-        return self.artifacts[0].uri if self.state is State.COMPLETED and self.artifacts else None
+        if self.state is not State.COMPLETED or not self.artifacts:
+            return None
+        return self.artifacts[0].path
 
 
 class JobMessage(Frozen):

@@ -26,10 +26,13 @@ Read = Callable[[str], torch.Tensor]
 
 @dataclass(frozen=True)
 class Stored:
-    """Shape and safetensors dtype of a merged tensor."""
+    """A tensor as the converter is told of it."""
 
+    source: str | None
+    """Its name in the checkpoint; None for zeros"""
     shape: tuple[int, ...]
     dtype: str
+    """As safetensors names it"""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def convert(directory: Path, tensors: Mapping[str, Stored], read: Read, *, proje
     Args:
         directory: config.json, tokenizer and all other files of the merged model but its weights; its name is the
             model's name.
-        tensors: The merged tensors, by their name in the checkpoint.
+        tensors: The merged tensors, by the names that the converter knows.
         read: Called for those that the converter does not leave as they are.
         projector: Whether the multimodal projector (`mmproj`) is wanted, in F16, instead of the language model in BF16.
 
@@ -81,6 +84,7 @@ def convert(directory: Path, tensors: Mapping[str, Stored], read: Read, *, proje
         logging.getLogger(name).setLevel(logging.CRITICAL)
     kind = conversion.ModelType.MMPROJ if projector else conversion.ModelType.TEXT
     file_type = gguf.LlamaFileType.MOSTLY_F16 if projector else gguf.LlamaFileType.MOSTLY_BF16
+    refusals: tuple[type[Exception], ...] = (AssertionError, IndexError, *library_errors())
     try:
         with quiet(), torch.inference_mode():
             hparams = conversion.ModelBase.load_hparams(directory, False)
@@ -91,29 +95,32 @@ def convert(directory: Path, tensors: Mapping[str, Stored], read: Read, *, proje
             model.prepare_metadata(vocab_only=False)
     except NotImplementedError as error:
         raise Unsupported(
-            f"llama.cpp has no converter for this model: {_said(error)}", code="gguf_unsupported_architecture"
+            f"llama.cpp has no converter for this model: {_said(error, directory)}",
+            code="gguf_unsupported_architecture",
         ) from error
-    except (AssertionError, IndexError, *library_errors()) as error:
+    except refusals as error:
         raise Unsupported(
-            f"llama.cpp's converter refuses this model: {_said(error)}", code="gguf_not_convertible"
+            f"llama.cpp's converter refuses this model: {_said(error, directory)}", code="gguf_not_convertible"
         ) from error
     return Converted(model.gguf_writer)
 
 
-def _said(error: BaseException) -> str:
-    return clean(f"{type(error).__name__}: {error}", limit=MAX_MESSAGE)
+def _said(error: Exception, directory: Path) -> str:
+    """A library's message, without where the model lies for the moment."""
+    text = f"{type(error).__name__}: {error}".replace(str(directory), directory.name)
+    return clean(text, limit=MAX_MESSAGE)
 
 
 def _fed(model_class: Any, tensors: Mapping[str, Stored], read: Read) -> Any:
     """The converter's class for a model, whose tensors are the merged ones."""
     from exporter.lazy_rows import LazyRows, Rows
 
-    def thunk(name: str, stored: Stored) -> Callable[[], LazyRows]:
-        rows = Rows(name, stored.shape, stored.shape[0] if stored.shape else 1)
+    def thunk(stored: Stored) -> Callable[[], LazyRows]:
+        rows = Rows(stored.source, stored.shape, stored.shape[0] if stored.shape and stored.source else 0)
         return lambda: LazyRows(rows, TORCH_DTYPE[stored.dtype], lambda asked: _padded(asked, read))
 
     def index_tensors(self: Any, remote_hf_model_id: str | None = None) -> dict[str, Callable[[], LazyRows]]:
-        thunks = ((name, thunk(name, stored)) for name, stored in tensors.items())
+        thunks = ((name, thunk(stored)) for name, stored in tensors.items())
         kept = (self.filter_tensors(item) for item in thunks)
         return dict(item for item in kept if item is not None)
 
@@ -123,6 +130,8 @@ def _fed(model_class: Any, tensors: Mapping[str, Stored], read: Read) -> Any:
 
 
 def _padded(rows: Any, read: Read) -> torch.Tensor:
+    if rows.source is None:
+        return torch.zeros(rows.shape)
     whole = read(rows.source)
     if not rows.shape:
         return whole

@@ -1,7 +1,7 @@
 """GGUF files: what each will hold, and the one pass over the merged tensors that writes several of them.
 
-A tensor is quantized row by row, from the values that llama.cpp's converter would have stored in bfloat16; so it has the
-very bytes of `convert_hf_to_gguf.py --outtype bf16` followed by `llama-quantize`. Only for f32 and f16, where that
+A tensor is quantized row by row, from the values that llama.cpp's converter would have stored in bfloat16; so it has
+the very bytes of `convert_hf_to_gguf.py --outtype bf16` followed by `llama-quantize`. Only for f32 and f16, where that
 detour could lose what the base has, there is none.
 """
 
@@ -18,7 +18,7 @@ from dispatcher.errors import VerificationFailed
 from exporter import ggml
 from exporter.blocks import FOLD_ELEMENTS, Block
 from exporter.converter import Converted
-from exporter.merge import OnBytes, Sink
+from exporter.merge import Sink
 from exporter.merged_tensors import MergedTensors
 from exporter.pipeline import Pipeline
 from exporter.quantizer import file_type, tensor_types
@@ -26,6 +26,12 @@ from exporter.quantizer import file_type, tensor_types
 ALIGNMENT = 32
 """`GGUF_DEFAULT_ALIGNMENT`; no converter of a Gemma sets another.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
+
+
+class GgufOverflow(VerificationFailed):
+    """A tensor type does not hold the values that it was to be made of."""
+
+    code = "gguf_overflow"
 
 
 @dataclass(frozen=True)
@@ -107,26 +113,25 @@ class _Room:
     scratch: torch.Tensor
 
 
-def write_files(files: Sequence[GgufFile], sinks: Sequence[Sink], merged: MergedTensors, on_bytes: OnBytes) -> None:
+def write_files(files: Sequence[GgufFile], sinks: Sequence[Sink], merged: MergedTensors) -> None:
     """Write files of the same tensors in the same order, front to back, in one pass over the merged tensors.
 
     Args:
         files: What to write.
         sinks: Where each goes.
         merged: The merged tensors.
-        on_bytes: Told of every block, in bytes of all files together.
 
     Raises:
-        VerificationFailed: `gguf_overflow`, or a merged value is not finite.
+        GgufOverflow: A type does not hold the values.
+        VerificationFailed: A merged value is not finite.
         Unavailable: The source changed while it was read (`source_changed`).
-        Exception: Whatever the sinks or `on_bytes` raise.
+        Exception: Whatever the sinks raise.
     """
     written = [0 for _ in files]
 
     def write(place: int, data: memoryview) -> None:
         sinks[place].write(data)
         written[place] += len(data)
-        on_bytes(len(data))
 
     def pad_to(place: int, start: int) -> None:
         write(place, memoryview(bytes(start - written[place])))
@@ -219,7 +224,7 @@ def _put(values: torch.Tensor, target: GgufTensor, buffer: bytearray, offset: in
     """Put rows into a buffer, in a file's type of the tensor; how many bytes.
 
     Raises:
-        VerificationFailed: `gguf_overflow`.
+        GgufOverflow: They do not fit.
     """
     import gguf
 
@@ -232,9 +237,8 @@ def _put(values: torch.Tensor, target: GgufTensor, buffer: bytearray, offset: in
     rows = values.float().view(-1, target.width)
     size = ggml.quantize(target.kind, rows, buffer, offset)
     if not ggml.is_sound(target.kind, buffer, offset, size) and bool(rows.isfinite().all()):
-        raise VerificationFailed(
+        raise GgufOverflow(
             f"{target.name} has values up to {float(rows.abs().max()):.3g}, which {kinds(target.kind).name} does not "
-            "hold. Ask for another quantization, such as bf16 or q8_0.",
-            code="gguf_overflow",
+            "hold. Ask for another quantization, such as bf16 or q8_0."
         )
     return size

@@ -29,9 +29,10 @@ from dispatcher.lifecycle import Actor, completed, failed, noted, requested, tra
 from dispatcher.logs import bound, clean
 from dispatcher.records import RecordStore, update
 from dispatcher.tokens import TokenStore
+from exporter.artifact import Result
 from exporter.lease import Claim, Heartbeat, Interrupted, claim, utc_now
 from exporter.making import Checks
-from exporter.merged import Result, export_merged
+from exporter.merged import export_merged
 
 log = logging.getLogger(__name__)
 MAX_ERROR_CHARACTERS = 2000

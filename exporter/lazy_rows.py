@@ -19,8 +19,8 @@ from conversion.base import LazyTorchTensor
 class Rows:
     """Rows of a merged tensor."""
 
-    source: str
-    """Its name in the checkpoint"""
+    source: str | None
+    """Its name in the checkpoint; None where all rows are zeros"""
     shape: tuple[int, ...]
     """As the converter sees it"""
     kept: int

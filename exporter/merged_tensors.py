@@ -28,7 +28,7 @@ class MergedTensors:
         self.outputs: Mapping[str, OutputTensor] = {output.tensor.name: output for output in plan.outputs}
         self.deltas: dict[str, Delta] = {}
         """Of every changed tensor that was read, how far it went from the base's."""
-        self._adapter = adapter
+        self.adapter = adapter
         self._largest = largest_change(plan.outputs)
         self._places = {output.tensor.name: file for file in plan.files for output in file.tensors}
         self._files: dict[str, BinaryIO] = {}
@@ -53,11 +53,15 @@ class MergedTensors:
         widths = [matrices_in(output.tensor)[2] for output in self.outputs.values()]
         return 8 * max([FOLD_ELEMENTS, self._largest, *widths])
 
+    def file_of(self, name: str) -> OutputFile:
+        """The planned file that a tensor is in."""
+        return self._places[name]
+
     def blocks(self, name: str) -> Iterator[Block]:
         """A tensor in blocks of whole rows, front to back."""
         output = self.outputs[name]
-        if output.change is not None and self._adapter is not None:
-            yield from changed_blocks(output, self._adapter, self._open(self._places[name]))
+        if output.change is not None and self.adapter is not None:
+            yield from changed_blocks(output, self.adapter, self._open(self._places[name]))
             return
         matrices, rows, width = matrices_in(output.tensor)
         counts = row_blocks(matrices * rows, width, FOLD_ELEMENTS)

@@ -150,6 +150,12 @@ def plan_merge(base: Checkpoint, adapter: Adapter, family: Family, config: Mappi
     )
 
 
+def plan_copy(model: Checkpoint) -> Plan:
+    """The plan that leaves a whole model as it is."""
+    files = tuple(_file(file, {}, None, None, None) for file in model.files)
+    return Plan(files, model.index, None, (), untied=False, vocabulary=None, resized=False)
+
+
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Whether the output head is the embedding; every Gemma's default is that it is."""
     text = config.get("text_config")

@@ -14,19 +14,16 @@ from dispatcher.artifacts import ArtifactReader, ArtifactStore, StoredFile
 from dispatcher.crc32c import Crc32c
 from dispatcher.errors import NotFound, Unavailable, VerificationFailed
 from exporter.adapter import Adapter
-from exporter.blocks import column_norms, matrices_in, own_base
 from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.exact import exact_rows
 from exporter.gemma import Family, canonical_name
-from exporter.pairs import AddedBias, LoraPair, matrices_of
 from exporter.plan import OutputFile, OutputTensor, Plan
 from exporter.saved import Saved
 from exporter.tensors import TORCH_DTYPE, read_elements, read_tensor
 
 SAMPLED_TENSORS = 12
-SAMPLED_ROWS = 2
 SAMPLED_BYTES = 65536
 READ_BYTES = 4 << 20
-FLOAT32_EPS = 2.0**-24
 
 Item = TypeVar("Item")
 
@@ -83,15 +80,15 @@ def verify_merged(
     changed = [place for place in written if place.output.change is not None]
     if not changed:
         raise VerificationFailed("the plan changes no tensor at all.", code="nothing_changed")
-    merged = _spread([place for place in changed if not isinstance(place.output.change, Saved)])
-    replaced = _spread([place for place in changed if isinstance(place.output.change, Saved)])
-    copied = _spread([place for place in written if place.output.change is None])
+    merged = spread([place for place in changed if not isinstance(place.output.change, Saved)])
+    replaced = spread([place for place in changed if isinstance(place.output.change, Saved)])
+    copied = spread([place for place in written if place.output.change is None])
     checksums = {file.name: file.crc32c for file in files}
     told = {file.name: file.crc32c for file in store.list(store.uri(directory), checksums=False)}
     worst = 0.0
     for planned in plan.files:
         with _opened(store, directory, planned) as reader, planned.source.open() as source:
-            if (told.get(planned.name) or _checksum(reader)) != checksums[planned.name]:
+            if (told.get(planned.name) or checksum_of(reader)) != checksums[planned.name]:
                 raise VerificationFailed(f"{planned.name} is not what was written.", code="checksum_differs")
             for place in merged:
                 if place.file is planned:
@@ -157,7 +154,7 @@ def vanished(what: str) -> Unavailable:
     return Unavailable(f"{what} vanished before it was published: try again", code="artifact_vanished")
 
 
-def _checksum(reader: ArtifactReader) -> str:
+def checksum_of(reader: ArtifactReader) -> str:
     crc = Crc32c()
     for offset in range(0, reader.size, READ_BYTES):
         crc.update(reader.read(offset, READ_BYTES))
@@ -173,7 +170,7 @@ def _written(planned: OutputFile) -> list[_Place]:
     return found
 
 
-def _spread(items: Sequence[Item]) -> Sequence[Item]:
+def spread(items: Sequence[Item]) -> Sequence[Item]:
     """A few items, evenly spread over all of them, the first and the last included."""
     if len(items) <= SAMPLED_TENSORS:
         return items
@@ -195,7 +192,7 @@ def _refuse_replacement_that_differs(reader: ArtifactReader, place: _Place, adap
     shape = place.output.tensor.shape
     width = math.prod(shape[1:])
     rows = range(shape[0] if shape else 1) if saved.rows is None else saved.rows
-    for index, row in _spread(list(enumerate(rows))):
+    for index, row in spread(list(enumerate(rows))):
         wanted = read_elements(adapter.file, saved.tensor, index * width, width).to(place.dtype)
         if not torch.equal(place.written(reader, row * width, width), wanted):
             raise VerificationFailed(f"row {row} of {place.name} is not the adapter's.", code="merge_wrong")
@@ -208,7 +205,7 @@ def _merge_error(reader: ArtifactReader, place: _Place, adapter: Adapter, source
         VerificationFailed: `merge_wrong`.
     """
     worst = 0.0
-    for first, exact, slack in _exact(place, adapter, source):
+    for first, exact, slack in exact_rows(place.file, place.output, adapter, source):
         ulp = _ulp(exact, place.dtype)
         error = (place.written(reader, first, exact.numel()).double() - exact).abs()
         if not bool((error <= 0.5 * ulp + slack).all()):
@@ -218,43 +215,6 @@ def _merge_error(reader: ArtifactReader, place: _Place, adapter: Adapter, source
             )
         worst = max(worst, float((error / ulp).max()))
     return worst
-
-
-def _exact(place: _Place, adapter: Adapter, source: BinaryIO) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Rows of what a tensor should be: the flat index each begins with, float64 values, and their bound of error.
-
-    The bound is half an ulp for the one rounding, plus this slack: the float32 error of a dot product of length rank
-    and, with DoRA, of the norm (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5).
-    """
-    change, tensor = place.output.change, place.output.source
-    count, rows, width = matrices_in(place.output.tensor)
-    if isinstance(change, AddedBias):
-        before = read_elements(place.file.source, tensor, 0, rows).double()
-        added = change.scale * read_tensor(adapter.file, change.tensor).double()
-        yield 0, before + added, 3 * FLOAT32_EPS * (before.abs() + added.abs())
-        return
-    assert isinstance(change, LoraPair)  # noqa: S101  # the type checker's sake
-    sampled = sorted({count * rows * i // SAMPLED_ROWS for i in range(SAMPLED_ROWS)})
-    for number, pair in enumerate(matrices_of(change, adapter.file, place.output.tensor.shape)):
-        norms = None
-        if pair.columns is not None:
-            norms = column_norms(place.output, pair, change, adapter, source).double()
-        for row in (place - number * rows for place in sampled if place // rows == number):
-            first = (number * rows + row) * width
-            own = own_base(change, adapter, row, 1, width)
-            weight = read_elements(place.file.source, tensor, first, width) if own is None else own[0]
-            before, added = weight.double(), pair.scale * (pair.b[row].double() @ pair.a.double())
-            size = before.abs() + abs(pair.scale) * (pair.b[row].double().abs() @ pair.a.double().abs())
-            exact, slack = before + added, (change.rank + 3) * FLOAT32_EPS * size
-            if pair.rows is not None:
-                norm = torch.linalg.vector_norm(exact)
-                factor = pair.rows[row].double() / norm
-                of_norm = (width + 8) * FLOAT32_EPS + torch.linalg.vector_norm(slack) / norm
-                exact, slack = exact * factor, slack * factor.abs() + (exact * factor).abs() * of_norm
-            if norms is not None and pair.columns is not None:
-                factors = pair.columns.double() / norms
-                exact, slack = exact * factors, (slack + (change.rank + 8) * FLOAT32_EPS * size) * factors.abs()
-            yield first, exact, slack
 
 
 def _ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

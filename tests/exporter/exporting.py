@@ -7,8 +7,9 @@ from typing import Any
 from dispatcher.artifacts import ArtifactStore, path_of
 from dispatcher.contract import ExportRecord, ExportType, State, TrainingJob
 from dispatcher.local_artifacts import LocalArtifacts
+from exporter.artifact import Result
 from exporter.making import Checks
-from exporter.merged import Result, export_merged
+from exporter.merged import export_merged
 
 QUICK = Checks(logits=False)
 """Without the logits, which take a whole model or two; they have tests of their own."""

@@ -17,7 +17,7 @@ import transformers
 
 from dispatcher.artifacts import path_of
 from dispatcher.errors import ExportError
-from exporter.merged import Result
+from exporter.artifact import Result
 from tests.exporter.damage import Tensors, edit_adapter, edit_config
 from tests.exporter.exporting import export
 from tests.gemmas import (

@@ -10,7 +10,7 @@ import torch
 
 from dispatcher.artifacts import path_of
 from dispatcher.errors import AdapterMismatch
-from exporter.merged import Result
+from exporter.artifact import Result
 from tests.exporter.damage import edit_adapter
 from tests.exporter.exporting import export
 from tests.exporter.matrix import listed

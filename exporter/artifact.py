@@ -1,0 +1,218 @@
+"""One version of an artifact: found published, or made, proved and published now. What claims and records it is
+`exporter.job`."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dispatcher.artifacts import ArtifactStore, StoredFile, file_uri
+from dispatcher.contract import Artifact, ExportRecord, ExportType, TrainingJob, fingerprint_of
+from dispatcher.errors import ArtifactConflict, ExportError, VerificationFailed
+from exporter.attempt import Attempt
+from exporter.checkpoint import changed
+from exporter.lease import Hold
+from exporter.making import Made
+from exporter.manifest import (
+    MANIFEST_NAME,
+    History,
+    Identity,
+    manifest_of,
+    publish_manifest,
+    read_manifest,
+    still_holds,
+)
+from exporter.model_card import CARD_NAME
+from exporter.sources import Base, is_current
+from exporter.verify import vanished
+
+log = logging.getLogger(__name__)
+PROJECTOR_PREFIX = "mmproj-"
+"""How llama.cpp's tools know a projector's file."""
+ROOTS = {ExportType.MERGED: "merged_models", ExportType.GGUF: "gguf_models"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the record learns from a finished export."""
+
+    artifact: Artifact
+    adapter_fingerprint: str
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an artifact is made, and what of."""
+
+    make: Callable[[Attempt], Made]
+    card: Callable[[Made], str]
+    """The text of its model card"""
+    base: Base | None
+    """None where no base is read"""
+    history: History
+
+
+@dataclass(frozen=True)
+class Work:
+    """One export, however it is made."""
+
+    store: ArtifactStore
+    job: TrainingJob
+    adapter_uri: str
+    adapter_files: list[StoredFile]
+    record: ExportRecord
+    hold: Hold
+    started: float = field(default_factory=time.monotonic)
+
+    def identity(self, base_id: str, base_revision: str, engine: str, engine_version: str) -> Identity:
+        """What decides the artifact's bytes."""
+        facts = [(file.name, file.size, file.crc32c) for file in self.adapter_files]
+        return Identity(
+            export_type=self.record.export_type,
+            quantization=self.record.quantization,
+            base_id=base_id,
+            base_revision=base_revision,
+            adapter_fingerprint=fingerprint_of(facts),
+            engine=engine,
+            engine_version=engine_version,
+            nonce=self.record.force_nonce,
+        )
+
+    def found_or_made(self, identity: Identity, recipe: Recipe) -> Result:
+        """The artifact of an identity.
+
+        Raises:
+            ExportError: Bad input, a failed check, or a passing fault; what this attempt published is removed, unless
+                another attempt may be using it.
+        """
+        try:
+            return self._made(identity, recipe)
+        except ArtifactConflict as error:
+            # With what a killed attempt left, on a machine that rounds otherwise; or another attempt has published it.
+            log.warning("what is there is recorded, or else another version is made: %s", error.message)
+            found, manifest = _settled(self.store, self.job.job_id, identity)
+            return self._made(found if manifest is not None else found.instead(), recipe)
+
+    def _made(self, wanted: Identity, recipe: Recipe) -> Result:
+        """The first version of an identity that is not spoilt: found, or written now."""
+        identity, manifest = _settled(self.store, self.job.job_id, wanted)
+        directory = _directory(self.job.job_id, identity)
+        if manifest is not None:
+            log.info("found finished, only recording it: %s", directory)
+            return _result(self.store, directory, manifest, {}, identity)
+        if self.hold.is_ours():
+            self.store.remove_unpublished(directory)
+        attempt = Attempt(self.store, directory)
+        try:
+            made = recipe.make(attempt)
+            text = recipe.card(made).encode()
+            card = attempt.publish(CARD_NAME, lambda writer: writer.write(text), size=len(text))
+            manifest = manifest_of(
+                identity,
+                adapter_uri=self.adapter_uri,
+                files=[*made.files, card],
+                tensors=made.tensors,
+                verified=made.verified,
+                history=recipe.history,
+            )
+            self.hold.report("publishing", 0.99)
+            _refuse_changed(recipe.base, identity, self.store, self.adapter_uri)
+            if not still_holds(self.store, directory, manifest):
+                raise vanished(f"a file of {directory}")
+            run: dict[str, Any] = {
+                "wall_seconds": round(time.monotonic() - self.started, 3),
+                "peak_rss_bytes": peak_rss_bytes(),
+            }
+            if made.logits is not None:
+                run["logits"] = made.logits
+            publish_manifest(self.store, directory, manifest, run)
+        except BaseException:
+            _take_back(attempt, self.hold)
+            raise
+        return _result(self.store, directory, manifest, run, identity)
+
+
+def _refuse_changed(base: Base | None, identity: Identity, store: ArtifactStore, adapter_uri: str) -> None:
+    """The manifest names what was read; so base and adapter must still be what they were at the start."""
+    if base is not None and not is_current(base):
+        raise changed("the base model")
+    if store.fingerprint(adapter_uri) != identity.adapter_fingerprint:
+        raise changed("the adapter")
+
+
+def _directory(job_id: str, identity: Identity) -> str:
+    return f"{ROOTS[ExportType(identity.export_type)]}/{job_id}/{identity.version}"
+
+
+def _settled(store: ArtifactStore, job_id: str, identity: Identity) -> tuple[Identity, dict[str, Any] | None]:
+    """The version to make or to record: its identity, and its manifest if it is published.
+
+    A version that was published and has lost files since is passed over: nothing published is overwritten, and
+    nobody else can mend it.
+    """
+    while True:
+        directory = _directory(job_id, identity)
+        if not store.exists(store.uri(f"{directory}/{MANIFEST_NAME}")):
+            return identity, None
+        try:
+            manifest = read_manifest(store, directory)
+        except VerificationFailed as error:
+            log.warning("another version is made instead: %s", error.message)
+        else:
+            if still_holds(store, directory, manifest):
+                return identity, manifest
+            log.warning("another version is made instead: %s has not the files that its manifest lists", directory)
+        identity = identity.instead()
+
+
+def _take_back(attempt: Attempt, hold: Hold) -> None:
+    """Remove what a failed attempt published; what failed it counts, and not that this fails too."""
+    try:
+        if not attempt.store.exists(attempt.store.uri(f"{attempt.directory}/{MANIFEST_NAME}")):
+            attempt.withdraw(hold)
+    except ExportError as error:
+        log.warning("files stay in %s: %s", attempt.directory, error.message)
+
+
+def _result(
+    store: ArtifactStore, directory: str, manifest: dict[str, Any], run: dict[str, Any], identity: Identity
+) -> Result:
+    kind, uri = ExportType(identity.export_type), store.uri(directory)
+    file = next((file["name"] for file in manifest["files"] if is_model_file(file["name"])), None)
+    artifact = Artifact(
+        kind=kind,
+        uri=uri,
+        file=None if file is None else file_uri(uri, file),
+        version=identity.version,
+        bytes=sum(file["bytes"] for file in manifest["files"]),
+        files=len(manifest["files"]),
+        manifest=store.uri(f"{directory}/{MANIFEST_NAME}"),
+    )
+    summary = {
+        "engine": manifest["engine"]["name"],
+        **manifest["tensors"],
+        "verified": manifest["verified"],
+        **run,
+    }
+    return Result(artifact, identity.adapter_fingerprint, summary)
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file is a whole model by itself: a GGUF, other than a projector."""
+    return name.endswith(".gguf") and not name.startswith(PROJECTOR_PREFIX)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process ever had resident, in bytes; 0 where the system does not say.
+
+    Not `getrusage`: its figure survives `exec`, so a small child of a large parent reports the parent's.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), "VmHWM: 0 kB")
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,196 @@
+"""The recipe of a GGUF: from base and adapter, or from a whole model, to a quantized file in one pass."""
+
+import logging
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dispatcher.artifacts import ArtifactWriter, StoredFile
+from dispatcher.errors import Unsupported
+from exporter import merge
+from exporter.adapter import Adapter
+from exporter.artifact import PROJECTOR_PREFIX
+from exporter.attempt import Attempt
+from exporter.converter import Converted, Stored, convert
+from exporter.gemma import TEMPLATE_FILE, family_of
+from exporter.gguf_feed import language_tensors, projector_tensors, refuse_inconvertible
+from exporter.gguf_file import GgufFile, GgufOverflow, plan_as_converted, plan_quantized, write_files
+from exporter.gguf_verify import verify_gguf
+from exporter.lease import Report
+from exporter.ledger import refuse_unchanged
+from exporter.llama_cpp import installed_version
+from exporter.making import WRITE_FROM, WRITE_TO, Checks, Made
+from exporter.merged_tensors import MergedTensors
+from exporter.plan import Plan
+from exporter.quantized import config_bytes
+from exporter.shared_pass import SharedPass
+
+log = logging.getLogger(__name__)
+VERSION = "1"
+"""Part of every artifact's version: raise it when what is written of a given merge changes."""
+MAX_NAME = 80
+
+
+@dataclass(frozen=True)
+class Model:
+    """A merged model that is still base and adapter; or a whole one."""
+
+    name: str
+    """What its files are called"""
+    plan: Plan
+    adapter: Adapter | None
+    """None where nothing is merged"""
+    config: dict[str, Any]
+    """Its config.json"""
+    side_files: Mapping[str, Path]
+    """The files beside the weights, by name"""
+    template: bytes | None
+    """The chat template, where it is not among them"""
+
+
+def version() -> str:
+    """What decides the bytes of a GGUF, besides base and adapter."""
+    return f"{VERSION}+{merge.VERSION}+torch-{torch.__version__}+llama-cpp-python-{installed_version()}"
+
+
+def name_of(model_id: str) -> str:
+    """A model's name, safe in a file name and in a shell, from a hub id or a path."""
+    last = [part for part in re.split(r"[/\\]", model_id) if part][-1:] or ["gemma"]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last[0]).strip("-._")[:MAX_NAME] or "gemma"
+
+
+def make_gguf(
+    attempt: Attempt, model: Model, quantization: str, report: Report, checks: Checks, shared: SharedPass
+) -> Made:
+    """Write a model's GGUF, its projector where it has one, and what belongs beside them.
+
+    Args:
+        attempt: Where to.
+        model: What is converted.
+        quantization: One of `dispatcher.contract.QUANTIZATIONS`.
+        report: Told of stage and fraction; what it raises stops the work.
+        checks: How much is verified.
+        shared: The pass over the base that other quantizations may share.
+
+    Raises:
+        ExportError: As `refuse_inconvertible`, `convert` and `plan_quantized`; a failed check; a passing fault.
+    """
+    torch.set_num_threads(1)  # the workers are the threads
+    model_type = str(model.config["model_type"])
+    refuse_inconvertible(model_type, model.config, model.side_files)
+    family = family_of(model.config)
+    outputs = {output.tensor.name: output.tensor for output in model.plan.outputs}
+    fed = language_tensors(outputs, family, model_type, model.config)
+    towers = projector_tensors(outputs, family, model_type)
+    _refuse_left_out(model.plan, {stored.source for stored in (*fed.values(), *towers.values())})
+    with _laid_out(model) as directory, MergedTensors(model.plan, model.adapter) as merged:
+        report("converting", WRITE_FROM / 2)
+        file = _quantized(convert(directory, fed, merged.read), directory, model.name, quantization)
+        stored = attempt.publish(file.name, _filled(file, merged, report, shared), size=file.size)
+        projector, mmproj = _projector(attempt, model.name, directory, towers, merged)
+        if model.adapter is not None:
+            refuse_unchanged(merged.deltas)
+        report("verifying", WRITE_TO)
+        verified = verify_gguf(attempt.store, attempt.directory, file, stored, merged)
+        sources = {stored.source for stored in fed.values()}
+        tensors: dict[str, Any] = {
+            "tensors": len(file.tensors),
+            "merged": sum(delta.written > 0 for name, delta in merged.deltas.items() if name in sources),
+            "types": _types(file),
+            "bytes": file.size,
+        }
+    return Made([stored, *projector], tensors | ({"mmproj": mmproj} if mmproj else {}), verified, model.config)
+
+
+def _filled(
+    file: GgufFile, merged: MergedTensors, report: Report, shared: SharedPass
+) -> Callable[[ArtifactWriter], None]:
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        report("quantizing", WRITE_FROM + (WRITE_TO - WRITE_FROM) * done / file.size)
+
+    return lambda writer: shared.write(file, writer, merged, on_bytes)
+
+
+def _refuse_left_out(plan: Plan, taken: Container[str | None]) -> None:
+    """Refuse to leave out what the adapter changed.
+
+    Raises:
+        Unsupported: `gguf_change_left_out`.
+    """
+    left = [output.tensor.name for output in plan.outputs if output.change and output.tensor.name not in taken]
+    if left:
+        raise Unsupported(
+            f"the adapter changed {len(left)} tensors that a GGUF of this model has no place for, such as {left[0]!r}. "
+            "Export `merged` instead.",
+            code="gguf_change_left_out",
+        )
+
+
+@contextmanager
+def _laid_out(model: Model) -> Iterator[Path]:
+    """A directory as the converter expects it, of everything but the weights; the model's name is its own."""
+    with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
+        directory = Path(scratch) / model.name
+        directory.mkdir()
+        (directory / "config.json").write_bytes(config_bytes(model.config))
+        for name, source in model.side_files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).symlink_to(source.resolve())
+        if model.template is not None:
+            (directory / TEMPLATE_FILE).write_bytes(model.template)
+        yield directory
+
+
+def _quantized(converted: Converted, directory: Path, name: str, quantization: str) -> GgufFile:
+    template = directory.parent / "template.gguf"
+    whole = converted.write_template(template)
+    return plan_quantized(converted, template, whole, f"{name}-{quantization.upper()}.gguf", quantization)
+
+
+def _projector(
+    attempt: Attempt, name: str, directory: Path, towers: Mapping[str, Stored], merged: MergedTensors
+) -> tuple[list[StoredFile], dict[str, Any] | None]:
+    """Write the multimodal projector, if there are towers; and say how that went.
+
+    Raises:
+        VerificationFailed: It is not what was written.
+        Exception: A passing fault.
+    """
+    if not towers:
+        return [], None
+    template = directory.parent / "projector.gguf"
+    try:
+        converted = convert(directory, towers, merged.read, projector=True)
+        converted.write_template(template)
+        file = plan_as_converted(converted, template, f"{PROJECTOR_PREFIX}{name}-F16.gguf")
+        stored = attempt.publish(file.name, lambda writer: write_files([file], [writer], merged), size=file.size)
+    except (Unsupported, GgufOverflow) as error:
+        changed = sum(bool(merged.outputs[tower.source].change) for tower in towers.values() if tower.source)
+        log.warning("the text model goes without a projector: %s", error.message)
+        return [], {"status": "failed", "why": error.message, "merged_tensors_left_out": changed}
+    verified = verify_gguf(attempt.store, attempt.directory, file, stored, merged)
+    return [stored], {
+        "status": "made",
+        "file": file.name,
+        "bytes": file.size,
+        "types": _types(file),
+        "verified": verified,
+    }
+
+
+def _types(file: GgufFile) -> dict[str, int]:
+    """How many tensors there are of each type."""
+    import gguf
+
+    return dict(sorted(Counter(gguf.GGMLQuantizationType(tensor.kind).name for tensor in file.tensors).items()))

@@ -1,0 +1,126 @@
+"""A GGUF export from end to end: which model it is of, found made already, or made."""
+
+from functools import partial
+
+from dispatcher.artifacts import ArtifactStore
+from dispatcher.contract import DEFAULT_QUANTIZATION, ExportRecord, TrainingJob
+from dispatcher.errors import NotAvailable, SourceError
+from exporter import gguf
+from exporter.adapter import refuse_not_finite
+from exporter.architecture import fitted, fitting_config
+from exporter.artifact import Recipe, Result, Work
+from exporter.attempt import Attempt
+from exporter.bases import adapter_config, base_for
+from exporter.checkpoint import INDEX_NAME, open_checkpoint
+from exporter.full_model import base_of_full_model, files_from_base, is_full_model, read_full_model
+from exporter.gemma import family_of
+from exporter.gguf import Model, make_gguf, name_of
+from exporter.lease import Hold
+from exporter.making import Checks, Made
+from exporter.manifest import History, Identity
+from exporter.merged import UNREAD
+from exporter.plan import plan_copy
+from exporter.quantized import without_quantization
+from exporter.shared_pass import SharedPass
+from exporter.sidefiles import inner_template, side_files
+from exporter.sources import Base, TokenSource, adapter_here, files_here
+from exporter.streaming import planned
+
+ENGINE = "streaming"
+
+
+def export_gguf(
+    store: ArtifactStore,
+    job: TrainingJob,
+    record: ExportRecord,
+    *,
+    engine: str,
+    token: TokenSource,
+    hold: Hold,
+    checks: Checks,
+    shared: SharedPass,
+) -> Result:
+    """Make a GGUF of a training job's model, or find it made already.
+
+    Args:
+        store: Where artifacts lie.
+        job: The training job; its adapter, or its whole model, exists.
+        record: The claimed export.
+        engine: `auto` or `streaming`.
+        token: Gives a Hugging Face token for a gated base.
+        hold: Told of stage and fraction; what it raises stops the work.
+        checks: How much is verified.
+        shared: The pass over the base that other quantizations may share.
+
+    Raises:
+        ExportError: Bad input, a failed check, or a passing fault; what this attempt published is removed, unless
+            another attempt may be using it.
+    """
+    hold.report("planning", 0.0)
+    if engine not in ("auto", ENGINE):
+        raise NotAvailable(
+            f"a GGUF is made by the {ENGINE} engine alone, not by {engine!r}.", code="engine_not_available"
+        )
+    if job.adapter_path is None:
+        raise SourceError(f"training job {job.job_id} names no adapter.", code="adapter_missing")
+    files = store.list(job.adapter_path)
+    work = Work(store, job, job.adapter_path, files, record, hold)
+    if is_full_model([file.name for file in files]):
+        return _of_full_model(work, token, checks, shared)
+    base = base_for(job, adapter_config(store, job.adapter_path, files), token)
+    family_of(base.config)
+    return _of_adapter(work, base, checks, shared)
+
+
+def _of_adapter(work: Work, base: Base, checks: Checks, shared: SharedPass) -> Result:
+    def make(attempt: Attempt) -> Made:
+        with adapter_here(work.store, work.adapter_uri, work.adapter_files) as adapter_dir:
+            own = fitted(base)
+            plan, adapter, _, config = planned(own, open_checkpoint(base.directory), adapter_dir)
+            refuse_not_finite(adapter.file)
+            beside = side_files(base.directory, adapter_dir)
+            template = inner_template(base.directory, adapter_dir)
+            model = Model(name_of(base.model_id), plan, adapter, config, beside, template)
+            return make_gguf(attempt, model, quantization(work.record), work.hold.report, checks, shared)
+
+    history = History(
+        of_base={"requested": base.requested} if base.requested else {},
+        of_adapter={"trained_on": base.trained_on} if base.trained_on else {},
+    )
+    identity = work.identity(base.model_id, base.revision, ENGINE, gguf.version())
+    return work.found_or_made(identity, Recipe(make, partial(_card, identity), base, history))
+
+
+def _of_full_model(work: Work, token: TokenSource, checks: Checks, shared: SharedPass) -> Result:
+    """From the whole model in the adapter's place."""
+    found = read_full_model(work.store, work.adapter_uri, work.adapter_files)
+    base = base_of_full_model(found, work.job, token)
+
+    def make(attempt: Attempt) -> Made:
+        weights = weights_of(found)
+        refuse_quantized(found, weights)
+        wanted = [*weights, INDEX_NAME, CONFIG_NAME, *found.side_files]
+        listed = [found.files[name] for name in wanted if name in found.files]
+        with files_here(work.store, work.adapter_uri, listed) as directory:
+            checkpoint = open_checkpoint(directory)
+            config = fitting_config(without_quantization(found.config), checkpoint.tensors())
+            beside = {name: directory / name for name in found.side_files}
+            if base is not None:
+                beside |= {name: base.directory / name for name in files_from_base(found, base)}
+            template = inner_template(base.directory if base else directory, directory)
+            model = Model(name_of(work.job.base_model_id), plan_copy(checkpoint), None, config, beside, template)
+            return make_gguf(attempt, model, quantization(work.record), work.hold.report, checks, shared)
+
+    history = History(of_base={"files": files_from_base(found, base)}, of_adapter={"kind": "full_model"})
+    revision = UNREAD if base is None else base.revision
+    identity = work.identity(work.job.base_model_id, revision, ENGINE, gguf.version())
+    return work.found_or_made(identity, Recipe(make, partial(_card, identity), base, history))
+
+
+def quantization(record: ExportRecord) -> str:
+    """What a record asks for."""
+    return record.quantization or DEFAULT_QUANTIZATION
+
+
+def _card(identity: Identity, made: Made) -> str:
+    return "" 
