@@ -34,7 +34,9 @@ class ChatFormat:
                 folded = f"{content}\n\n"
                 continue
             before, folded = (folded, "") if role == "user" else ("", folded)
-            parts.append(f"{self.open}{self.assistant if role == 'assistant' else role}\n{before}{content}{self.close}\n")
+            parts.append(
+                f"{self.open}{self.assistant if role == 'assistant' else role}\n{before}{content}{self.close}\n"
+            )
         return "".join([*parts, f"{self.open}{self.assistant}\n{self.answer}"])
 
 
@@ -57,7 +59,7 @@ FORMATS = (
     ChatFormat("chatml", "<|im_start|>", "<|im_end|>", assistant="assistant"),
 )
 
-_BOS = "<bos>"
+_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>"}
 _CHAT: Messages = (("user", "a question"), ("assistant", "an answer"), ("user", "another question"))
 _SYSTEM: Messages = (("system", "an instruction"), *_CHAT)
 
@@ -80,9 +82,9 @@ def _rendered(template: str, messages: Messages) -> str | None:
     conversation = [{"role": role, "content": content} for role, content in messages]
     try:
         (text,), _ = render_jinja_template(
-            [conversation], chat_template=template, add_generation_prompt=True, bos_token=_BOS, eos_token="<eos>"
+            [conversation], chat_template=template, add_generation_prompt=True, **_TOKENS
         )
     # A template is a program: it refuses by a TemplateError, and does not expect every chat.
     except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return None
-    return str(text).removeprefix(_BOS)
+    return str(text).removeprefix(_TOKENS["bos_token"])

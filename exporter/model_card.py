@@ -72,7 +72,7 @@ def model_card(facts: CardFacts) -> str:
             pipeline_tag=use_of(facts.architecture).pipeline_tag,
             tags=["lora", "merged"] if facts.is_merged else [],
         ),
-        f"# {_name(facts)}",
+        f"# {name_of(facts)}",
         _MERGED if facts.is_merged else _WHOLE,
         provenance(facts),
         "## Tensors",
@@ -122,8 +122,8 @@ def licence(facts: CardFacts, *, change: str = "") -> str:
     )
 
 
-def provenance(facts: CardFacts) -> str:
-    """The table of what the model was made from."""
+def provenance(facts: CardFacts, **more: str) -> str:
+    """The table of what the model was made from; `more` are rows of the caller's own."""
     base = facts.base_id if is_on_hub(facts) else f"{last_part(facts.base_id)} (a directory)"
     return table(
         {
@@ -132,6 +132,7 @@ def provenance(facts: CardFacts) -> str:
             f"{'adapter' if facts.is_merged else 'model'} fingerprint": facts.trained_fingerprint,
             "engine": f"{facts.engine} {facts.engine_version}",
             "class": facts.architecture,
+            **more,
         }
     )
 
@@ -141,7 +142,7 @@ def is_on_hub(facts: CardFacts) -> bool:
     return HUB_ID.fullmatch(facts.base_id) is not None and not facts.base_revision.startswith(DIRECTORY)
 
 
-def _name(facts: CardFacts) -> str:
+def name_of(facts: CardFacts) -> str:
     """A name for the model, safe as a heading and as a shell word."""
     return f"{slug(facts.base_id)}-{'merged' if facts.is_merged else 'fine-tuned'}"
 
@@ -173,7 +174,7 @@ def _python(code: str, auto_class: str) -> str:
 
 
 def _vllm(facts: CardFacts) -> str:
-    name = _name(facts)
+    name = name_of(facts)
     lines = ["```sh", f"vllm serve {PATH} --served-model-name {name}"]
     tag = use_of(facts.architecture).pipeline_tag
     if tag in ("text-generation", "image-text-to-text"):

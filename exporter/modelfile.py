@@ -13,13 +13,14 @@ from exporter.chat_format import GEMMA4_LARGE, GEMMA4_SMALL, ChatFormat, chat_fo
 from exporter.gemma import FAMILIES
 
 MODELFILE_NAME = "Modelfile"
-GGUF_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}\.gguf")
+GGUF_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,180}\.gguf")
 """File names that need no quoting, neither here nor in a shell."""
 PLAIN = "{{ .Prompt }}"
 """The prompt as it is: Ollama's own template where there is no other."""
 MIN_OLLAMA = "0.30.0"
 """The first that runs llama.cpp's own server: a projector in a file of its own and Gemma 4's GGUF need it. Source:
 https://github.com/ollama/ollama/issues/16192"""
+_GEMMA4 = "gemma4"
 
 
 def modelfile(
@@ -41,10 +42,10 @@ def modelfile(
     """
     terms = FAMILIES[model_type].license
     known = None if chat_template is None else chat_format(chat_template)
-    is_gemma4 = model_type.startswith("gemma4")
+    is_gemma4 = model_type.startswith(_GEMMA4)
     has_renderer = is_gemma4 and known in (GEMMA4_SMALL, GEMMA4_LARGE)
     lines = [f"FROM ./{checked(name)}" for name in (gguf_name, mmproj_name) if name is not None]
-    if is_gemma4 or mmproj_name is not None:
+    if needs_new_ollama(model_type, has_projector=mmproj_name is not None):
         lines.append(f"REQUIRES {MIN_OLLAMA}")
     if is_gemma4 and not has_renderer:
         lines += _ALWAYS_GEMMA4
@@ -61,6 +62,11 @@ def modelfile(
     lines += _sampling(generation or {})
     lines.append(f'LICENSE """{terms.name}\n{terms.link}"""')
     return "\n".join(lines) + "\n"
+
+
+def needs_new_ollama(model_type: str, *, has_projector: bool) -> bool:
+    """Whether it takes Ollama `MIN_OLLAMA` or newer to run it."""
+    return has_projector or model_type.startswith(_GEMMA4)
 
 
 def go_template(form: ChatFormat) -> str:
@@ -93,13 +99,18 @@ def _stop(token: str) -> str:
     return f'PARAMETER stop "{token}"'
 
 
-_LIMITS: dict[str, tuple[float, float]] = {"temperature": (0, 10), "top_k": (0, 1 << 20), "top_p": (0, 1), "min_p": (0, 1)}
+_LIMITS: dict[str, tuple[float, float]] = {
+    "temperature": (0, 10),
+    "top_k": (0, 1 << 20),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+}
 """Ollama's parameters that generation_config.json has under the same name, with their least and greatest values."""
 
 
 def _sampling(generation: Mapping[str, Any]) -> list[str]:
-    """How the model itself wants to be sampled, where it does. transformers' temperature is 1 unless it is said, Ollama's
-    is 0.8. Source: https://huggingface.co/docs/transformers/main_classes/text_generation"""
+    """How the model itself wants to be sampled, where it does. Unless it is said, the temperature is 1 in transformers
+    and 0.8 in Ollama. Source: https://huggingface.co/docs/transformers/main_classes/text_generation"""
     if generation.get("do_sample") is not True:
         return []
     said = {"temperature": 1.0, **{key: value for key, value in generation.items() if value is not None}}
@@ -116,8 +127,8 @@ _ALWAYS_GEMMA4 = (
     '# ("raw": true in /api/generate), or run it with llama.cpp.',
 )
 _UNKNOWN_TEMPLATE = (
-    "# The model's own chat template is none of those that gemma-export can write for Ollama, which may know it itself.",
-    "# If the answers are odd, write a TEMPLATE here, or run the model with llama.cpp, which reads the original.",
+    "# gemma-export does not know the model's own chat template; Ollama may. If the answers are odd, write a TEMPLATE",
+    "# here, or run the model with llama.cpp, which reads the original.",
 )
 
 _SYSTEM_TURN = """

@@ -132,7 +132,7 @@ def _action(text: str, dot: Any, scope: Variables) -> str:
         return str(_value(text, dot, scope))
     value = _value(match[3], dot, scope)
     if match[2] == "=":
-        while isinstance(scope, _Inner) and match[1] not in scope.keys():
+        while isinstance(scope, _Inner) and match[1] not in scope:
             scope = scope.outer
         assert match[1] in scope, match[1]
     scope[match[1]] = value
