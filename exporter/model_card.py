@@ -6,12 +6,13 @@ front matter is what the hub reads. Source: https://huggingface.co/docs/hub/mode
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from exporter.architecture import use_of
-from exporter.gemma import FAMILIES, LEGACY_TEMPLATE_FILE, PROCESSOR_FILES, TEMPLATE_FILE, License
+from exporter.gemma import FAMILIES, LEGACY_TEMPLATE_FILE, PROCESSOR_FILES, TEMPLATE_FILE
+from exporter.markdown import last_part, slug, table
 
 CARD_NAME = "README.md"
 PATH = "path/to/this/directory"
@@ -21,7 +22,6 @@ HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]
 DIRECTORY = "directory:"
 """How the revision of a base begins that is not on the hub; a relative path may look like an id."""
 CLASS_NAME = re.compile(r"[A-Za-z0-9_]{1,80}")
-MAX_TEXT = 200
 
 
 @dataclass(frozen=True)
@@ -65,97 +65,86 @@ def model_card(facts: CardFacts) -> str:
     Raises:
         KeyError: `model_type` is not in `FAMILIES`.
     """
-    licence = FAMILIES[facts.model_type].license
     parts = [
-        _front_matter(facts, licence),
-        f"# {_name(facts)}",
+        front_matter(
+            facts,
+            library="transformers",
+            pipeline_tag=use_of(facts.architecture).pipeline_tag,
+            tags=["lora", "merged"] if facts.is_merged else [],
+        ),
+        f"# {name_of(facts)}",
         _MERGED if facts.is_merged else _WHOLE,
-        _provenance(facts),
+        provenance(facts),
         "## Tensors",
-        _table(facts.tensors),
+        table(facts.tensors),
         "## Verified",
         "Before it was published, on the written files:",
-        _table(facts.verified),
+        table(facts.verified),
         "`export.json` beside this file lists every file with its size and checksum.",
         *_usage(facts),
-        "## Licence",
-        f"[{licence.name}]({licence.link}). {licence.duties}",
-        f"Notice of modification: the weights were changed from the base's by {_CHANGED[facts.is_merged]}.",
+        licence(facts),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(facts: CardFacts, licence: License) -> str:
-    lines = ["---", "library_name: transformers", f"license: {licence.tag}"]
-    if licence.tag != "gemma":
-        lines.append(f"license_link: {licence.link}")
-    if _is_on_hub(facts):
+def front_matter(facts: CardFacts, *, library: str, pipeline_tag: str, tags: Sequence[str]) -> str:
+    """What the hub reads; the tags of the family are added.
+
+    Raises:
+        KeyError: `model_type` is not in `FAMILIES`.
+    """
+    terms = FAMILIES[facts.model_type].license
+    lines = ["---", f"library_name: {library}", f"license: {terms.tag}"]
+    if terms.tag != "gemma":
+        lines.append(f"license_link: {terms.link}")
+    if is_on_hub(facts):
         # Quoted: an id may read as a number or as `no`.
         lines += [f"base_model: {json.dumps(facts.base_id)}", "base_model_relation: finetune"]
-    lines.append(f"pipeline_tag: {use_of(facts.architecture).pipeline_tag}")
-    lines += [
-        "tags:",
-        "- gemma",
-        f"- {facts.model_type}",
-        *(["- lora", "- merged"] if facts.is_merged else []),
-        "- gemma-export",
-        "---",
-    ]
-    return "\n".join(lines)
+    lines += [f"pipeline_tag: {pipeline_tag}", "tags:"]
+    lines += [f"- {tag}" for tag in ("gemma", facts.model_type, *tags, "gemma-export")]
+    return "\n".join([*lines, "---"])
 
 
-def _provenance(facts: CardFacts) -> str:
-    base = facts.base_id if _is_on_hub(facts) else f"{_last_part(facts.base_id)} (a directory)"
-    return _table(
+def licence(facts: CardFacts, *, change: str = "") -> str:
+    """The section of the licence, with the notice of modification that it asks for; `change` says what else was done.
+
+    Raises:
+        KeyError: `model_type` is not in `FAMILIES`.
+    """
+    terms = FAMILIES[facts.model_type].license
+    done = f"{_CHANGED[facts.is_merged]}{change}"
+    return "\n\n".join(
+        [
+            "## Licence",
+            f"[{terms.name}]({terms.link}). {terms.duties}",
+            f"Notice of modification: the weights were changed from the base's by {done}.",
+        ]
+    )
+
+
+def provenance(facts: CardFacts, **more: str) -> str:
+    """The table of what the model was made from; `more` are rows of the caller's own."""
+    base = facts.base_id if is_on_hub(facts) else f"{last_part(facts.base_id)} (a directory)"
+    return table(
         {
             "base model": base,
             "revision": facts.base_revision,
             f"{'adapter' if facts.is_merged else 'model'} fingerprint": facts.trained_fingerprint,
             "engine": f"{facts.engine} {facts.engine_version}",
             "class": facts.architecture,
+            **more,
         }
     )
 
 
-def _is_on_hub(facts: CardFacts) -> bool:
+def is_on_hub(facts: CardFacts) -> bool:
+    """Whether the base is one of the hub's, and not a directory whose path looks like an id."""
     return HUB_ID.fullmatch(facts.base_id) is not None and not facts.base_revision.startswith(DIRECTORY)
 
 
-def _table(rows: Mapping[str, Any]) -> str:
-    """Two columns; a mapping within becomes rows of its own."""
-    lines = [f"| {_words(' '.join(path))} | {_code(value)} |" for path, value in _leaves(rows)]
-    return "\n".join(["| | |", "|---|---|", *lines])
-
-
-def _leaves(rows: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
-    for key, value in rows.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, key))
-        else:
-            yield (*path, key), value
-
-
-def _words(key: str) -> str:
-    return re.sub(r"[^A-Za-z0-9 ]+", " ", key).strip()[:MAX_TEXT] or "?"
-
-
-def _code(value: object) -> str:
-    """Any value as a code span, in which nothing is Markdown, and nothing ends it or the table's cell."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    clean = "".join(c if c.isascii() and c.isprintable() and c not in "`|\\" else "?" for c in text)
-    return f"`{clean[:MAX_TEXT].strip() or '?'}`"
-
-
-def _last_part(uri: str) -> str:
-    """The name of a directory without where it lies, which is nobody else's business."""
-    parts = [part for part in re.split(r"[/\\]", uri) if part]
-    return parts[-1] if parts else "base"
-
-
-def _name(facts: CardFacts) -> str:
+def name_of(facts: CardFacts) -> str:
     """A name for the model, safe as a heading and as a shell word."""
-    stem = re.sub(r"[^A-Za-z0-9.-]+", "-", _last_part(facts.base_id)).strip("-.")[:80]
-    return f"{stem or 'gemma'}-{'merged' if facts.is_merged else 'fine-tuned'}"
+    return f"{slug(facts.base_id)}-{'merged' if facts.is_merged else 'fine-tuned'}"
 
 
 def _usage(facts: CardFacts) -> list[str]:
@@ -185,7 +174,7 @@ def _python(code: str, auto_class: str) -> str:
 
 
 def _vllm(facts: CardFacts) -> str:
-    name = _name(facts)
+    name = name_of(facts)
     lines = ["```sh", f"vllm serve {PATH} --served-model-name {name}"]
     tag = use_of(facts.architecture).pipeline_tag
     if tag in ("text-generation", "image-text-to-text"):
