@@ -14,13 +14,15 @@ SHELL := /bin/bash
 
 setup: $(READY)
 
-# The marker is written last, so an interrupted set-up starts over where pip left off.
-$(READY): pyproject.toml Makefile
-	@echo "setup: making $(VENV) (once; a few minutes)"
+# The marker is written last, so an interrupted set-up starts over where pip left off. llama.cpp is built by
+# infra.llama_cpp; --only-binary keeps pip from doing it by itself, unhashed.
+$(READY): pyproject.toml Makefile infra/llama_cpp.py
+	@echo "setup: making $(VENV) (once; some minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[exporter,dev]"
+	@$(BIN)/python -m infra.llama_cpp
+	@$(BIN)/pip install --quiet --disable-pip-version-check --only-binary llama-cpp-python -e ".[exporter,gguf,dev]"
 	@touch $@
 	@echo "setup: done"
 

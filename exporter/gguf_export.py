@@ -12,7 +12,15 @@ from exporter.artifact import Recipe, Result, Work
 from exporter.attempt import Attempt
 from exporter.bases import adapter_config, base_for
 from exporter.checkpoint import INDEX_NAME, open_checkpoint
-from exporter.full_model import base_of_full_model, files_from_base, is_full_model, read_full_model
+from exporter.full_model import (
+    CONFIG_NAME,
+    base_of_full_model,
+    files_from_base,
+    is_full_model,
+    read_full_model,
+    refuse_quantized,
+    weights_of,
+)
 from exporter.gemma import family_of
 from exporter.gguf import Model, make_gguf, name_of
 from exporter.lease import Hold
