@@ -48,6 +48,12 @@ class Converted:
         infos: dict[str, Any] = self.writer.tensors[0]
         return infos
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template that the file will carry."""
+        found = self.writer.kv_data[0].get("tokenizer.chat_template")
+        return None if found is None else str(found.value)
+
     def write_template(self, path: Path) -> int:
         """Write metadata and shapes, without the data of any tensor; the size that the whole file would have."""
         import gguf

@@ -1,7 +1,7 @@
 """The recipe of a GGUF: from base and adapter, or from a whole model, to a quantized file in one pass."""
 
 import logging
-import re
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -19,6 +19,7 @@ from exporter.adapter import Adapter
 from exporter.artifact import PROJECTOR_PREFIX
 from exporter.attempt import Attempt
 from exporter.converter import Converted, Stored, convert
+from exporter.documents import read_json_object
 from exporter.gemma import TEMPLATE_FILE, family_of
 from exporter.gguf_feed import language_tensors, projector_tensors, refuse_inconvertible
 from exporter.gguf_file import GgufFile, GgufOverflow, plan_as_converted, plan_quantized, write_files
@@ -28,14 +29,15 @@ from exporter.ledger import refuse_unchanged
 from exporter.llama_cpp import installed_version
 from exporter.making import WRITE_FROM, WRITE_TO, Checks, Made
 from exporter.merged_tensors import MergedTensors
+from exporter.modelfile import MODELFILE_NAME, modelfile
 from exporter.plan import Plan
 from exporter.quantized import config_bytes
 from exporter.shared_pass import SharedPass
+from exporter.sources import MAX_CONFIG_BYTES
 
 log = logging.getLogger(__name__)
 VERSION = "1"
 """Part of every artifact's version: raise it when what is written of a given merge changes."""
-MAX_NAME = 80
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,6 @@ class Model:
 def version() -> str:
     """What decides the bytes of a GGUF, besides base and adapter."""
     return f"{VERSION}+{merge.VERSION}+torch-{torch.__version__}+llama-cpp-python-{installed_version()}"
-
-
-def name_of(model_id: str) -> str:
-    """A model's name, safe in a file name and in a shell, from a hub id or a path."""
-    last = [part for part in re.split(r"[/\\]", model_id) if part][-1:] or ["gemma"]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last[0]).strip("-._")[:MAX_NAME] or "gemma"
 
 
 def make_gguf(
@@ -92,21 +88,43 @@ def make_gguf(
     _refuse_left_out(model.plan, {stored.source for stored in (*fed.values(), *towers.values())})
     with _laid_out(model) as directory, MergedTensors(model.plan, model.adapter) as merged:
         report("converting", WRITE_FROM / 2)
-        file = _quantized(convert(directory, fed, merged.read), directory, model.name, quantization)
-        stored = attempt.publish(file.name, _filled(file, merged, report, shared), size=file.size)
-        projector, mmproj = _projector(attempt, model.name, directory, towers, merged)
+        converted = convert(directory, fed, merged.read)
+        file = _quantized(converted, directory, model.name, quantization)
+        files = [attempt.publish(file.name, _filled(file, merged, report, shared), size=file.size)]
+        own = {stored.source for stored in fed.values()}
+        tensors = _facts(file) | {"merged": sum(name in own for name in merged.deltas)}
+        projector = _projector(attempt, model.name, directory, towers, merged) if towers else None
         if model.adapter is not None:
             refuse_unchanged(merged.deltas)
         report("verifying", WRITE_TO)
-        verified = verify_gguf(attempt.store, attempt.directory, file, stored, merged)
-        sources = {stored.source for stored in fed.values()}
-        tensors: dict[str, Any] = {
-            "tensors": len(file.tensors),
-            "merged": sum(delta.written > 0 for name, delta in merged.deltas.items() if name in sources),
-            "types": _types(file),
-            "bytes": file.size,
-        }
-    return Made([stored, *projector], tensors | ({"mmproj": mmproj} if mmproj else {}), verified, model.config)
+        verified = verify_gguf(attempt.store, attempt.directory, file, files[0], merged)
+        if projector is not None:
+            files += projector.files
+            tensors["mmproj"] = projector.facts
+        generation = directory / "generation_config.json"
+        text = modelfile(
+            file.name,
+            model_type,
+            chat_template=converted.chat_template,
+            mmproj_name=projector.files[0].name if projector and projector.files else None,
+            generation=read_json_object(generation, limit=MAX_CONFIG_BYTES) if generation.is_file() else None,
+        ).encode()
+    files.append(attempt.publish(MODELFILE_NAME, lambda writer: writer.write(text), size=len(text)))
+    return Made(files, tensors, verified, model.config, has_template=converted.chat_template is not None)
+
+
+def _facts(file: GgufFile) -> dict[str, Any]:
+    """What the manifest says of a file: its size, its tensors by type, the bytes and the number of their weights."""
+    import gguf
+
+    kinds = Counter(gguf.GGMLQuantizationType(tensor.kind).name for tensor in file.tensors)
+    return {
+        "file": file.name,
+        "bytes": file.size,
+        "tensor_bytes": sum(tensor.nbytes for tensor in file.tensors),
+        "weights": sum(math.prod(tensor.info.shape) for tensor in file.tensors),
+        "types": dict(sorted(kinds.items())),
+    }
 
 
 def _filled(
@@ -158,17 +176,22 @@ def _quantized(converted: Converted, directory: Path, name: str, quantization: s
     return plan_quantized(converted, template, whole, f"{name}-{quantization.upper()}.gguf", quantization)
 
 
+@dataclass(frozen=True)
+class _Projector:
+    files: list[StoredFile]
+    """None where it could not be made"""
+    facts: dict[str, Any]
+
+
 def _projector(
     attempt: Attempt, name: str, directory: Path, towers: Mapping[str, Stored], merged: MergedTensors
-) -> tuple[list[StoredFile], dict[str, Any] | None]:
-    """Write the multimodal projector, if there are towers; and say how that went.
+) -> _Projector:
+    """Write the multimodal projector, or say why there is none.
 
     Raises:
         VerificationFailed: It is not what was written.
         Exception: A passing fault.
     """
-    if not towers:
-        return [], None
     template = directory.parent / "projector.gguf"
     try:
         converted = convert(directory, towers, merged.read, projector=True)
@@ -178,19 +201,6 @@ def _projector(
     except (Unsupported, GgufOverflow) as error:
         changed = sum(bool(merged.outputs[tower.source].change) for tower in towers.values() if tower.source)
         log.warning("the text model goes without a projector: %s", error.message)
-        return [], {"status": "failed", "why": error.message, "merged_tensors_left_out": changed}
+        return _Projector([], {"status": "failed", "why": error.message, "merged_left_out": changed})
     verified = verify_gguf(attempt.store, attempt.directory, file, stored, merged)
-    return [stored], {
-        "status": "made",
-        "file": file.name,
-        "bytes": file.size,
-        "types": _types(file),
-        "verified": verified,
-    }
-
-
-def _types(file: GgufFile) -> dict[str, int]:
-    """How many tensors there are of each type."""
-    import gguf
-
-    return dict(sorted(Counter(gguf.GGMLQuantizationType(tensor.kind).name for tensor in file.tensors).items()))
+    return _Projector([stored], {"status": "made", **_facts(file), "verified": verified})

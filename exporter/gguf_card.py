@@ -15,7 +15,7 @@ from exporter.modelfile import MIN_OLLAMA, MODELFILE_NAME, checked, needs_new_ol
 
 
 @dataclass(frozen=True)
-class GgufFile:
+class GgufEntry:
     """One GGUF file of an artifact."""
 
     name: str
@@ -39,8 +39,8 @@ class GgufFile:
 class GgufFacts(CardFacts):
     """What the card of a GGUF artifact is made of."""
 
-    model: GgufFile
-    projector: GgufFile | None
+    model: GgufEntry
+    projector: GgufEntry | None
     """What turns images into tokens, where the model has it and it could be made"""
     has_template: bool
     """Whether the GGUF carries a chat template"""

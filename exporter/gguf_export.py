@@ -1,6 +1,8 @@
 """A GGUF export from end to end: which model it is of, found made already, or made."""
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from dispatcher.artifacts import ArtifactStore
 from dispatcher.contract import DEFAULT_QUANTIZATION, ExportRecord, TrainingJob
@@ -22,10 +24,13 @@ from exporter.full_model import (
     weights_of,
 )
 from exporter.gemma import family_of
-from exporter.gguf import Model, make_gguf, name_of
+from exporter.gguf import Model, make_gguf
+from exporter.gguf_card import GgufEntry, GgufFacts, gguf_card
 from exporter.lease import Hold
+from exporter.llama_cpp import installed_version
 from exporter.making import Checks, Made
 from exporter.manifest import History, Identity
+from exporter.markdown import slug
 from exporter.merged import UNREAD
 from exporter.plan import plan_copy
 from exporter.quantized import without_quantization
@@ -88,7 +93,7 @@ def _of_adapter(work: Work, base: Base, checks: Checks, shared: SharedPass) -> R
             refuse_not_finite(adapter.file)
             beside = side_files(base.directory, adapter_dir)
             template = inner_template(base.directory, adapter_dir)
-            model = Model(name_of(base.model_id), plan, adapter, config, beside, template)
+            model = Model(slug(base.model_id), plan, adapter, config, beside, template)
             return make_gguf(attempt, model, quantization(work.record), work.hold.report, checks, shared)
 
     history = History(
@@ -96,7 +101,7 @@ def _of_adapter(work: Work, base: Base, checks: Checks, shared: SharedPass) -> R
         of_adapter={"trained_on": base.trained_on} if base.trained_on else {},
     )
     identity = work.identity(base.model_id, base.revision, ENGINE, gguf.version())
-    return work.found_or_made(identity, Recipe(make, partial(_card, identity), base, history))
+    return work.found_or_made(identity, Recipe(make, partial(_card, identity, "adapter"), base, history))
 
 
 def _of_full_model(work: Work, token: TokenSource, checks: Checks, shared: SharedPass) -> Result:
@@ -116,13 +121,13 @@ def _of_full_model(work: Work, token: TokenSource, checks: Checks, shared: Share
             if base is not None:
                 beside |= {name: base.directory / name for name in files_from_base(found, base)}
             template = inner_template(base.directory if base else directory, directory)
-            model = Model(name_of(work.job.base_model_id), plan_copy(checkpoint), None, config, beside, template)
+            model = Model(slug(work.job.base_model_id), plan_copy(checkpoint), None, config, beside, template)
             return make_gguf(attempt, model, quantization(work.record), work.hold.report, checks, shared)
 
     history = History(of_base={"files": files_from_base(found, base)}, of_adapter={"kind": "full_model"})
     revision = UNREAD if base is None else base.revision
     identity = work.identity(work.job.base_model_id, revision, ENGINE, gguf.version())
-    return work.found_or_made(identity, Recipe(make, partial(_card, identity), base, history))
+    return work.found_or_made(identity, Recipe(make, partial(_card, identity, "full_model"), base, history))
 
 
 def quantization(record: ExportRecord) -> str:
@@ -130,5 +135,25 @@ def quantization(record: ExportRecord) -> str:
     return record.quantization or DEFAULT_QUANTIZATION
 
 
-def _card(identity: Identity, made: Made) -> str:
-    return "" 
+def _card(identity: Identity, kind: str, made: Made) -> str:
+    facts = GgufFacts(
+        base_id=identity.base_id,
+        base_revision=identity.base_revision,
+        trained_fingerprint=identity.adapter_fingerprint,
+        is_merged=kind == "adapter",
+        engine=identity.engine,
+        engine_version=identity.engine_version,
+        config=made.config,
+        tensors=made.tensors,
+        verified=made.verified,
+        files=frozenset(file.name for file in made.files),
+        model=_entry(made.tensors, str(identity.quantization)),
+        projector=_entry(made.tensors["mmproj"], "F16") if "file" in made.tensors.get("mmproj", {}) else None,
+        has_template=made.has_template,
+        converter=f"llama.cpp of llama-cpp-python {installed_version()}",
+    )
+    return gguf_card(facts)
+
+
+def _entry(facts: Mapping[str, Any], kind: str) -> GgufEntry:
+    return GgufEntry(facts["file"], kind.upper(), facts["bytes"], facts["tensor_bytes"], facts["weights"])

@@ -26,6 +26,8 @@ class Made:
     logits: dict[str, Any] | None = None
     """How the logits compare, or why they were not compared; it depends on the machine, and so is no part of what is
     the same for every run"""
+    has_template: bool = False
+    """Of a GGUF: whether it carries a chat template"""
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.gemma import FAMILIES
-from exporter.gguf_card import GgufFacts, GgufFile, gguf_card
+from exporter.gguf_card import GgufEntry, GgufFacts, gguf_card
 from exporter.markdown import slug
 
-MODEL = GgufFile(
+MODEL = GgufEntry(
     "gemma-3-4b-it-Q4_K_M.gguf", "Q4_K_M", size=2_489_894_016, tensor_bytes=2_377_000_000, weights=3_880_000_000
 )
-PROJECTOR = GgufFile(
+PROJECTOR = GgufEntry(
     "mmproj-gemma-3-4b-it-F16.gguf", "F16", size=851_251_104, tensor_bytes=840_000_000, weights=420_000_000
 )
 FACTS = GgufFacts(
@@ -123,7 +123,7 @@ def test_a_model_without_a_chat_template_continues_a_text() -> None:
     ("model_type", "projector", "is_new"),
     [("gemma3", PROJECTOR, True), ("gemma3", None, False), ("gemma4_text", None, True), ("gemma2", None, False)],
 )
-def test_it_says_where_only_a_newer_ollama_will_do(model_type: str, projector: GgufFile | None, is_new: bool) -> None:
+def test_it_says_where_only_a_newer_ollama_will_do(model_type: str, projector: GgufEntry | None, is_new: bool) -> None:
     assert ("Ollama 0.30.0" in card(config={"model_type": model_type}, projector=projector)) is is_new
 
 
