@@ -28,7 +28,6 @@ from dispatcher.errors import (
     ExportError,
     Forbidden,
     JobNotCompleted,
-    NotAvailable,
     NotFound,
     TooManyExports,
     Unavailable,
@@ -94,7 +93,6 @@ class Service:
             Forbidden: The job is someone else's.
             JobNotCompleted: There is nothing to export yet.
             TooManyExports: The caller has too many unfinished exports.
-            NotAvailable: GGUF, until it is built (`gguf_not_available`).
             Unavailable: The request may be recorded; asking again does no harm and finishes it.
         """
         job = self._records.get_job(request.job_id)
@@ -104,8 +102,6 @@ class Service:
             raise Forbidden(f"training job {request.job_id} belongs to someone else")
         if job.status != "completed":
             raise JobNotCompleted(f"training job {job.job_id} is {job.status!r}: it can be exported once completed")
-        if request.export_type is ExportType.GGUF:
-            raise NotAvailable("GGUF exports are not available in this build", code="gguf_not_available")
         files = self._artifacts.list(job.adapter_path) if job.adapter_path else []
         if job.adapter_path is None or not files:
             raise NotFound(f"the adapter of {job.job_id} is gone from {job.adapter_path}", code="adapter_gone")

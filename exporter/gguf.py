@@ -32,7 +32,7 @@ from exporter.merged_tensors import MergedTensors
 from exporter.modelfile import MODELFILE_NAME, modelfile
 from exporter.plan import Plan
 from exporter.quantized import config_bytes
-from exporter.shared_pass import SharedPass
+from exporter.shared_pass import Share
 from exporter.sources import MAX_CONFIG_BYTES
 
 log = logging.getLogger(__name__)
@@ -62,9 +62,7 @@ def version() -> str:
     return f"{VERSION}+{merge.VERSION}+torch-{torch.__version__}+llama-cpp-python-{installed_version()}"
 
 
-def make_gguf(
-    attempt: Attempt, model: Model, quantization: str, report: Report, checks: Checks, shared: SharedPass
-) -> Made:
+def make_gguf(attempt: Attempt, model: Model, quantization: str, report: Report, checks: Checks, share: Share) -> Made:
     """Write a model's GGUF, its projector where it has one, and what belongs beside them.
 
     Args:
@@ -73,7 +71,7 @@ def make_gguf(
         quantization: One of `dispatcher.contract.QUANTIZATIONS`.
         report: Told of stage and fraction; what it raises stops the work.
         checks: How much is verified.
-        shared: The pass over the base that other quantizations may share.
+        share: Its part in the pass over the base, which other quantizations may share.
 
     Raises:
         ExportError: As `refuse_inconvertible`, `convert` and `plan_quantized`; a failed check; a passing fault.
@@ -90,7 +88,7 @@ def make_gguf(
         report("converting", WRITE_FROM / 2)
         converted = convert(directory, fed, merged.read)
         file = _quantized(converted, directory, model.name, quantization)
-        files = [attempt.publish(file.name, _filled(file, merged, report, shared), size=file.size)]
+        files = [attempt.publish(file.name, _filled(file, merged, report, share), size=file.size)]
         own = {stored.source for stored in fed.values()}
         tensors = _facts(file) | {"merged": sum(name in own for name in merged.deltas)}
         projector = _projector(attempt, model.name, directory, towers, merged) if towers else None
@@ -127,9 +125,7 @@ def _facts(file: GgufFile) -> dict[str, Any]:
     }
 
 
-def _filled(
-    file: GgufFile, merged: MergedTensors, report: Report, shared: SharedPass
-) -> Callable[[ArtifactWriter], None]:
+def _filled(file: GgufFile, merged: MergedTensors, report: Report, share: Share) -> Callable[[ArtifactWriter], None]:
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -137,7 +133,7 @@ def _filled(
         done += count
         report("quantizing", WRITE_FROM + (WRITE_TO - WRITE_FROM) * done / file.size)
 
-    return lambda writer: shared.write(file, writer, merged, on_bytes)
+    return lambda writer: share.write(file, writer, merged, on_bytes)
 
 
 def _refuse_left_out(plan: Plan, taken: Container[str | None]) -> None:

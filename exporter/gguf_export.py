@@ -34,7 +34,7 @@ from exporter.markdown import slug
 from exporter.merged import UNREAD
 from exporter.plan import plan_copy
 from exporter.quantized import without_quantization
-from exporter.shared_pass import SharedPass
+from exporter.shared_pass import Share
 from exporter.sidefiles import inner_template, side_files
 from exporter.sources import Base, TokenSource, adapter_here, files_here
 from exporter.streaming import planned
@@ -51,7 +51,7 @@ def export_gguf(
     token: TokenSource,
     hold: Hold,
     checks: Checks,
-    shared: SharedPass,
+    share: Share,
 ) -> Result:
     """Make a GGUF of a training job's model, or find it made already.
 
@@ -63,7 +63,7 @@ def export_gguf(
         token: Gives a Hugging Face token for a gated base.
         hold: Told of stage and fraction; what it raises stops the work.
         checks: How much is verified.
-        shared: The pass over the base that other quantizations may share.
+        share: Its part in the pass over the base, which other quantizations may share.
 
     Raises:
         ExportError: Bad input, a failed check, or a passing fault; what this attempt published is removed, unless
@@ -79,13 +79,13 @@ def export_gguf(
     files = store.list(job.adapter_path)
     work = Work(store, job, job.adapter_path, files, record, hold)
     if is_full_model([file.name for file in files]):
-        return _of_full_model(work, token, checks, shared)
+        return _of_full_model(work, token, checks, share)
     base = base_for(job, adapter_config(store, job.adapter_path, files), token)
     family_of(base.config)
-    return _of_adapter(work, base, checks, shared)
+    return _of_adapter(work, base, checks, share)
 
 
-def _of_adapter(work: Work, base: Base, checks: Checks, shared: SharedPass) -> Result:
+def _of_adapter(work: Work, base: Base, checks: Checks, share: Share) -> Result:
     def make(attempt: Attempt) -> Made:
         with adapter_here(work.store, work.adapter_uri, work.adapter_files) as adapter_dir:
             own = fitted(base)
@@ -94,7 +94,7 @@ def _of_adapter(work: Work, base: Base, checks: Checks, shared: SharedPass) -> R
             beside = side_files(base.directory, adapter_dir)
             template = inner_template(base.directory, adapter_dir)
             model = Model(slug(base.model_id), plan, adapter, config, beside, template)
-            return make_gguf(attempt, model, quantization(work.record), work.hold.report, checks, shared)
+            return make_gguf(attempt, model, quantization(work.record), work.hold.report, checks, share)
 
     history = History(
         of_base={"requested": base.requested} if base.requested else {},
@@ -104,7 +104,7 @@ def _of_adapter(work: Work, base: Base, checks: Checks, shared: SharedPass) -> R
     return work.found_or_made(identity, Recipe(make, partial(_card, identity, "adapter"), base, history))
 
 
-def _of_full_model(work: Work, token: TokenSource, checks: Checks, shared: SharedPass) -> Result:
+def _of_full_model(work: Work, token: TokenSource, checks: Checks, share: Share) -> Result:
     """From the whole model in the adapter's place."""
     found = read_full_model(work.store, work.adapter_uri, work.adapter_files)
     base = base_of_full_model(found, work.job, token)
@@ -122,7 +122,7 @@ def _of_full_model(work: Work, token: TokenSource, checks: Checks, shared: Share
                 beside |= {name: base.directory / name for name in files_from_base(found, base)}
             template = inner_template(base.directory if base else directory, directory)
             model = Model(slug(work.job.base_model_id), plan_copy(checkpoint), None, config, beside, template)
-            return make_gguf(attempt, model, quantization(work.record), work.hold.report, checks, shared)
+            return make_gguf(attempt, model, quantization(work.record), work.hold.report, checks, share)
 
     history = History(of_base={"files": files_from_base(found, base)}, of_adapter={"kind": "full_model"})
     revision = UNREAD if base is None else base.revision

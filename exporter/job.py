@@ -1,9 +1,12 @@
 """What one execution does: find the exports of a job, claim each, make it, record how that went."""
 
+import contextvars
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 
 from dispatcher.artifacts import ArtifactStore
 from dispatcher.contract import (
@@ -30,12 +33,16 @@ from dispatcher.logs import bound, clean
 from dispatcher.records import RecordStore, update
 from dispatcher.tokens import TokenStore
 from exporter.artifact import Result
+from exporter.gguf_export import export_gguf
 from exporter.lease import Claim, Heartbeat, Interrupted, claim, utc_now
 from exporter.making import Checks
 from exporter.merged import export_merged
+from exporter.shared_pass import Share, SharedPass
 
 log = logging.getLogger(__name__)
 MAX_ERROR_CHARACTERS = 2000
+DOCUMENT_FIELD = {ExportType.MERGED: "artifacts.raw.merged", ExportType.GGUF: "artifacts.file.gguf"}
+"""Where the training job's document has a result besides `RESULT_FIELD`"""
 
 
 class ExitCode(IntEnum):
@@ -96,12 +103,45 @@ def run_job(order: Order, stores: Stores, stop: threading.Event) -> ExitCode:
             raise
         return _refuse(order, order.export_id, error, stores)
     worst = ExitCode.DONE
-    for record in _ordered(order, stores, job):
-        with bound(export_id=record.export_id):
-            worst = max(worst, _run_export(record, order, stores, job, stop))
+    for group in _groups(_ordered(order, stores, job)):
+        worst = max(worst, _run_group(group, order, stores, job, stop))
         if stop.is_set():
             return max(worst, ExitCode.TRY_AGAIN)
     return worst
+
+
+def _groups(records: list[ExportRecord]) -> list[list[ExportRecord]]:
+    """The exports in the order in which they are made; the quantizations of one model together."""
+    ggufs = [record for record in records if record.export_type is ExportType.GGUF]
+    groups: list[list[ExportRecord]] = []
+    for record in records:
+        if record.export_type is not ExportType.GGUF:
+            groups.append([record])
+        elif record is ggufs[0]:
+            groups.append(ggufs)
+    return groups
+
+
+def _run_group(
+    group: list[ExportRecord], order: Order, stores: Stores, job: TrainingJob, stop: threading.Event
+) -> ExitCode:
+    """Run exports side by side that share their pass over the base; each is claimed, and fails, by itself."""
+    shared = SharedPass(len(group))
+
+    def run(record: ExportRecord) -> ExitCode:
+        share = Share(shared)
+        try:
+            with bound(export_id=record.export_id):
+                return _run_export(record, order, stores, job, stop, share)
+        finally:
+            share.leave()
+
+    if len(group) == 1:
+        return run(group[0])
+    contexts = [contextvars.copy_context() for _ in group]
+    with ThreadPoolExecutor(len(group), thread_name_prefix="export") as pool:
+        running = [pool.submit(context.run, run, record) for context, record in zip(contexts, group, strict=True)]
+        return max(future.result() for future in running)
 
 
 def _ordered(order: Order, stores: Stores, job: TrainingJob) -> list[ExportRecord]:
@@ -127,7 +167,6 @@ def _wished(order: Order, kind: ExportType, stores: Stores, job: TrainingJob) ->
         raise NotAvailable(
             "an adapter is exported by POST /export alone: there is nothing to run.", code="nothing_to_run"
         )
-    _refuse_unavailable(kind)
     if job.status != State.COMPLETED:
         raise JobNotCompleted(f"training job {job.job_id} is {job.status!r}, not completed.")
     request = ExportRequest.model_validate(
@@ -137,11 +176,6 @@ def _wished(order: Order, kind: ExportType, stores: Stores, job: TrainingJob) ->
     record = requested(request, user_id=job.user_id, adapter_fingerprint=fingerprint, token_ref=None, now=utc_now())
     stores.records.create_export(record)
     return _requeued(record, order, stores)
-
-
-def _refuse_unavailable(kind: ExportType) -> None:
-    if kind is not ExportType.MERGED:
-        raise NotAvailable(f"{kind} exports are not in this build.", code=f"{kind}_not_available")
 
 
 def _requeued(record: ExportRecord, order: Order, stores: Stores) -> ExportRecord:
@@ -182,7 +216,12 @@ def _claimed(order: Order, export_id: str, stores: Stores) -> Claim:
 
 
 def _run_export(
-    record: ExportRecord, order: Order, stores: Stores, job: TrainingJob, stop: threading.Event
+    record: ExportRecord,
+    order: Order,
+    stores: Stores,
+    job: TrainingJob,
+    stop: threading.Event,
+    share: Share,
 ) -> ExitCode:
     if record.state is State.FAILED and record.execution == order.execution:
         log.error("this execution has failed before: %s", record.error.message if record.error else "")
@@ -195,7 +234,7 @@ def _run_export(
     log.info("claimed %s, attempt %d", record.export_id, claimed.record.attempt)
     try:
         with Heartbeat(stores.records, claimed, seconds=stores.lease_seconds, stop=stop) as heartbeat:
-            result = _make(claimed.record, order, stores, job, heartbeat)
+            result = _make(claimed.record, order, stores, job, heartbeat, share)
         _commit(claimed, result, stores)
     except LeaseLost as error:
         log.warning("stopped: %s", error.message)
@@ -211,23 +250,20 @@ def _run_export(
     return ExitCode.DONE
 
 
-def _make(record: ExportRecord, order: Order, stores: Stores, job: TrainingJob, heartbeat: Heartbeat) -> Result:
-    _refuse_unavailable(record.export_type)
-
+def _make(
+    record: ExportRecord, order: Order, stores: Stores, job: TrainingJob, heartbeat: Heartbeat, share: Share
+) -> Result:
     def token() -> str | None:
         return stores.tokens.get(record.token_ref) if record.token_ref else stores.hf_token
 
-    return export_merged(
-        stores.artifacts, job, record, engine=order.engine, token=token, hold=heartbeat, checks=stores.checks
-    )
+    make = partial(export_gguf, share=share) if record.export_type is ExportType.GGUF else export_merged
+    return make(stores.artifacts, job, record, engine=order.engine, token=token, hold=heartbeat, checks=stores.checks)
 
 
 def _commit(claimed: Claim, result: Result, stores: Stores) -> None:
     """The compare-and-set that makes the export finished, and the result in the training job's document."""
     kind = claimed.record.export_type
-    paths = {RESULT_FIELD[kind]: result.artifact.uri}
-    if kind is ExportType.MERGED:
-        paths["artifacts.raw.merged"] = result.artifact.uri
+    paths = {RESULT_FIELD[kind]: result.artifact.path, DOCUMENT_FIELD[kind]: result.artifact.path}
 
     token_ref: str | None = None
 

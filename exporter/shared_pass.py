@@ -4,7 +4,7 @@ Every export goes its own way otherwise, in a thread of its own: one that is can
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from exporter.gguf_file import GgufFile, write_files
@@ -12,15 +12,15 @@ from exporter.merge import OnBytes, Sink
 from exporter.merged_tensors import MergedTensors
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
-    """One export's part; a sink that swallows what comes after its failure."""
+    """One export's part; a sink that swallows what comes after its failure, while others go on."""
 
     file: GgufFile
     sink: Sink
     merged: MergedTensors
     on_bytes: OnBytes
-    alone: Callable[[], bool]
+    group: Sequence["_Entry"] = ()
     error: Exception | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -31,7 +31,7 @@ class _Entry:
                 self.on_bytes(len(data))
             except Exception as error:  # noqa: BLE001  # raised where this export waits
                 self.error = error
-        if self.error is not None and self.alone():
+        if self.error is not None and all(entry.error is not None for entry in self.group):
             raise self.error
 
 
@@ -39,7 +39,7 @@ class SharedPass:
     """A pass that a known number of exports may take part in.
 
     Args:
-        members: How many; each calls `write` once, or `leave`.
+        members: How many; each has a `Share`.
     """
 
     def __init__(self, members: int) -> None:
@@ -49,46 +49,76 @@ class SharedPass:
         self.passes = 0
         """How often the base was read"""
 
-    def leave(self) -> None:
-        """Say that an export will not take part: found finished, refused, failed. Harmless after `write`."""
-        with self._changed:
-            self._missing -= 1
-            self._changed.notify_all()
-
-    def write(self, file: GgufFile, sink: Sink, merged: MergedTensors, on_bytes: OnBytes) -> None:
-        """Have a file written along with those of the others; returns when it is.
-
-        Raises:
-            Exception: What its own sink or `on_bytes` raised, or what `write_files` did.
-        """
-        with self._changed:
-            entry = _Entry(file, sink, merged, on_bytes, self._nobody_left)
-            self._entries.append(entry)
-            self._missing -= 1
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._missing <= 0)
-            leads = self._entries[0] is entry
+    def write(self, entry: _Entry, *, awaited: bool) -> None:
+        """Have an entry written, with those of all others if it is `awaited`; returns when it is."""
+        leads = True
+        if awaited:
+            with self._changed:
+                self._entries.append(entry)
+                leads = self._entries[0] is entry
+                self._came()
+                self._changed.wait_for(lambda: self._missing == 0)
         if leads:
-            self._run(entry)
+            self._run(self._entries if awaited else [entry])
         entry.done.wait()
-        if entry.error is not None:
-            raise entry.error
 
-    def _nobody_left(self) -> bool:
-        return all(entry.error is not None or entry.done.is_set() for entry in self._entries)
+    def leave(self) -> None:
+        """Do not wait for one of the members any more."""
+        with self._changed:
+            self._came()
 
-    def _run(self, leader: _Entry) -> None:
-        names = [tensor.name for tensor in leader.file.tensors]
-        together = [entry for entry in self._entries if [tensor.name for tensor in entry.file.tensors] == names]
-        groups = [together, *([entry] for entry in self._entries if entry not in together)]
-        for group in groups:
+    def _came(self) -> None:
+        self._missing -= 1
+        self._changed.notify_all()
+
+    def _run(self, entries: Sequence[_Entry]) -> None:
+        names = [tensor.name for tensor in entries[0].file.tensors]
+        together = [entry for entry in entries if [tensor.name for tensor in entry.file.tensors] == names]
+        for group in (together, *([entry] for entry in entries if entry not in together)):
             self.passes += 1
+            for entry in group:
+                entry.group = group
             try:
                 write_files([entry.file for entry in group], group, group[0].merged)
             except Exception as error:  # noqa: BLE001  # raised where each export waits
                 for entry in group:
                     entry.error = entry.error or error
-            finally:
-                for entry in group:
-                    entry.merged.deltas |= group[0].merged.deltas
-                    entry.done.set()
+            for entry in group:
+                entry.merged.deltas |= group[0].merged.deltas
+                entry.done.set()
+
+
+class Share:
+    """One export's part in a shared pass.
+
+    Args:
+        shared: The pass; None is one of its own.
+    """
+
+    def __init__(self, shared: SharedPass | None = None) -> None:
+        self._shared = shared or SharedPass(1)
+        self._awaited = True
+
+    def write(self, file: GgufFile, sink: Sink, merged: MergedTensors, on_bytes: OnBytes) -> None:
+        """Have a file written along with those of the others; a second one is written at once.
+
+        Args:
+            file: What to write.
+            sink: Where to.
+            merged: What of; the others' are of the same model.
+            on_bytes: Told of every block, in bytes of this file.
+
+        Raises:
+            Exception: What the sink or `on_bytes` raised, or `write_files` did.
+        """
+        entry, awaited = _Entry(file, sink, merged, on_bytes), self._awaited
+        self._awaited = False
+        self._shared.write(entry, awaited=awaited)
+        if entry.error is not None:
+            raise entry.error
+
+    def leave(self) -> None:
+        """Say that this export is done, or will not take part: found finished, refused, failed."""
+        if self._awaited:
+            self._awaited = False
+            self._shared.leave()
