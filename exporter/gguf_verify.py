@@ -107,7 +107,7 @@ def _error(reader: ArtifactReader, tensor: GgufTensor, merged: MergedTensors) ->
     row_bytes = tensor.nbytes * width // math.prod(tensor.info.shape)
     for first, exact in _expected(tensor, merged):
         start = tensor.start + first // width * row_bytes
-        data = np.frombuffer(reader.read(start, exact.numel() // width * row_bytes), dtype=np.uint8)
+        data = np.frombuffer(bytearray(reader.read(start, exact.numel() // width * row_bytes)), dtype=np.uint8)
         found = torch.from_numpy(gguf.quants.dequantize(data, kind)).flatten().double()
         size = float(exact.square().mean().sqrt())
         error = float((found - exact).square().mean().sqrt()) / (size or 1.0)
