@@ -54,15 +54,6 @@ class LazyRows(LazyTorchTensor):  # type: ignore[misc]  # llama.cpp ships no typ
     def to(self, dtype: torch.dtype | None = None, device: object = None) -> "LazyRows":
         return LazyRows(self._rows, dtype or self._dtype, self._read)
 
-    def __getitem__(self, index: Any) -> Any:
-        match index:
-            case slice(start=None, step=None, stop=int(stop)) if stop >= 0:
-                kept, shape = min(stop, self._rows.kept), self._rows.shape
-                cut = replace(self._rows, kept=kept, shape=(min(stop, shape[0]), *shape[1:]))
-                return LazyRows(cut, self._dtype, self._read)
-            case _:
-                return LazyTorchTensor._wrap_fn(torch.Tensor.__getitem__)(self, index)
-
     def numpy(self) -> "RowArray":
         return RowArray(self._rows, self._rows.shape, np.dtype(np.float32))
 
@@ -73,6 +64,21 @@ class LazyRows(LazyTorchTensor):  # type: ignore[misc]  # llama.cpp ships no typ
             shape = (own.shape[0] + zeros.shape[0], *own.shape[1:])
             return LazyRows(replace(own._rows, shape=shape), own._dtype, own._read)
         return LazyTorchTensor.__torch_function__(func, types, args, kwargs)
+
+
+def _cut(own: LazyRows, index: Any) -> Any:
+    """The first rows; anything else is llama.cpp's own to do."""
+    match index:
+        case slice(start=None, step=None, stop=int(stop)) if stop >= 0:
+            rows, count = own._rows, min(stop, own._rows.shape[0])
+            cut = replace(rows, kept=min(count, rows.kept), shape=(count, *rows.shape[1:]))
+            return LazyRows(cut, own._dtype, own._read)
+        case _:
+            return LazyTorchTensor._wrap_fn(torch.Tensor.__getitem__)(own, index)
+
+
+# The metaclass puts its own over one that is defined within the class.
+LazyRows.__getitem__ = _cut
 
 
 def _is_padded(tensors: Any, dim: int = 0) -> bool:
