@@ -41,23 +41,34 @@ TEXT = {
     "max_position_embeddings": 512,
 }
 GEMMA3_TEXT = {**TEXT, "num_hidden_layers": 6, "num_attention_heads": 4, "head_dim": 32, "query_pre_attn_scalar": 32}
-SHARED_KV = {
-    "num_hidden_layers": 6,
+GEMMA3N_TEXT = {
+    **TEXT,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 22,
+    "head_dim": 32,
+    # llama.cpp has these in its code (src/models/gemma3n.cpp, src/llama-hparams.h): layers from 20 on share keys and
+    # values, every fifth attends to all, and so many inputs, of such sizes.
     "num_kv_shared_layers": 2,
+    "layer_types": [*(["sliding_attention"] * 4 + ["full_attention"]) * 4, *["sliding_attention"] * 2],
+    "altup_num_inputs": 4,
+    "laurel_rank": 64,
+    "hidden_size_per_layer_input": 256,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 12,
+}
+GEMMA4_TEXT = {
+    **TEXT,
+    "num_hidden_layers": 6,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    # The last two layers with keys and values of their own are one that slides and one that does not: llama.cpp takes
+    # those of the others from these by place.
+    "num_kv_shared_layers": 3,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
     "hidden_size_per_layer_input": 16,
     "vocab_size_per_layer_input": VOCABULARY,
 }
-GEMMA3N_TEXT = {
-    **TEXT,
-    **SHARED_KV,
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "laurel_rank": 32,
-    "altup_num_inputs": 4,
-    "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0, 0.0, 0.0],
-}
-GEMMA4_TEXT = {**TEXT, **SHARED_KV, "head_dim": 32, "global_head_dim": 64}
 
 
 def _gemma() -> Any:
@@ -97,7 +108,9 @@ def _gemma4_text(**changes: Any) -> Any:
 
 def _gemma4_moe() -> Any:
     return _gemma4_text(
+        num_hidden_layers=3,
         num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
         hidden_size_per_layer_input=0,
         enable_moe_block=True,
         num_experts=4,
@@ -182,6 +195,8 @@ def _tokenizer_files(is_gemma4: bool, refuses_system: bool) -> dict[str, bytes]:
         symbols = (*SYMBOLS, *UNUSED, *RUNS, *TAGS)
         demo.save_tokenizer(directory, (*SENTENCES, *demo.CORPUS), VOCABULARY, symbols)
         tokenizer = json.loads((directory / "tokenizer.json").read_text())
+        # As on the hub: the longest run first, so that a text is cut as SentencePiece cuts it.
+        tokenizer["model"]["merges"].sort(key=lambda pair: -len("".join(pair)) if "".join(pair) in RUNS else 0)
         if is_gemma4:
             _as_gemma4(tokenizer)
         control = {*CONTROL, *GEMMA4_CONTROL.values()}
