@@ -66,15 +66,15 @@ def compare_logits(
         return {"compared": False, "why": f"{type(error).__name__} in transformers or PEFT"}
     try:
         with quiet(), torch.inference_mode():
-            found = _logits(load_model(merged, merged_config, torch.float32), merged_config, tokens)
+            found = logits_of(load_model(merged, merged_config, torch.float32), merged_config, tokens)
     except library_errors() as error:
         raise VerificationFailed(
             f"the base loads in transformers, and the merged model does not: {type(error).__name__}: {error}"[:1000],
             code="output_not_loadable",
         ) from error
-    difference, change = _rms(found - unmerged), _rms(untrained - unmerged)
+    difference, change = rms(found - unmerged), rms(untrained - unmerged)
     rounding = max(OF_LOGITS.get(name, OF_LOGITS["BF16"]) for name in _dtypes(merged))
-    limit = max(OF_CHANGE * change, rounding * _rms(unmerged))
+    limit = max(OF_CHANGE * change, rounding * rms(unmerged))
     if not difference <= limit:
         raise VerificationFailed(
             f"the merged model's logits are {difference:.3g} (root mean square) from those of base and adapter; "
@@ -84,13 +84,14 @@ def compare_logits(
     return {
         "compared": True,
         "tokens": len(tokens),
-        "rms_difference": _rounded(difference),
-        "rms_limit": _rounded(limit),
-        "rms_difference_of_base": _rounded(change),
+        "rms_difference": rounded(difference),
+        "rms_limit": rounded(limit),
+        "rms_difference_of_base": rounded(change),
     }
 
 
-def _rms(values: torch.Tensor) -> float:
+def rms(values: torch.Tensor) -> float:
+    """The root mean square."""
     return float(values.double().square().mean().sqrt())
 
 
@@ -105,14 +106,14 @@ def _with_and_without(
     from peft import PeftModel
 
     model = load_model(base, config, torch.float32)
-    untrained = _logits(model, config, tokens)
+    untrained = logits_of(model, config, tokens)
     wrapped = PeftModel.from_pretrained(model, adapter)
     if not is_applied_whole(wrapped, file):
         raise _NotApplied
-    return _logits(wrapped.get_base_model(), config, tokens), untrained
+    return logits_of(wrapped.get_base_model(), config, tokens), untrained
 
 
-def _logits(model: Any, config: dict[str, Any], tokens: Sequence[int]) -> torch.Tensor:
+def logits_of(model: Any, config: dict[str, Any], tokens: Sequence[int]) -> torch.Tensor:
     """[1, tokens, vocabulary], float32; of a classifier over a language model, that model's."""
     inner = model if hasattr(model, "lm_head") else model.model
     ids = torch.tensor([tokens])
@@ -132,6 +133,6 @@ def _dtypes(directory: Path) -> set[str]:
     return {tensor.dtype for file in files for tensor in file.tensors if tensor.dtype in TORCH_DTYPE}
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     """Two digits: sums in float32 differ between machines."""
     return float(f"{value:.2g}")

@@ -1,0 +1,199 @@
+"""Whether a finished GGUF works: llama.cpp loads it, reads text as the tokenizer does, and says what the model says.
+
+llama.cpp runs in a process of its own (`exporter.llama_run`); here its answers are compared with those of transformers.
+"""
+
+import json
+import logging
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dispatcher.errors import VerificationFailed
+from exporter.child import environment, run_child
+from exporter.llama_corpus import CONVERSATIONS, LINES, PROMPT
+from exporter.llama_run import Answer, Request
+from exporter.llama_text import Text
+from exporter.logits import logits_of, rms, rounded
+from exporter.models import library_errors, quiet
+
+log = logging.getLogger(__name__)
+PROGRAM = (sys.executable, "-P", "-m", "exporter.llama_run")
+SECONDS = 600
+BYTES_PER_SECOND = 20 << 20
+"""How long llama.cpp may take: for itself, and as slowly as a file may be read."""
+PROMPT_TOKENS = 24
+LIMITS: dict[str, float] = {}
+GEMMA4_FACTOR = 3.0
+Weights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class LlamaCheck:
+    """What was found; a difference is no result, it is raised."""
+
+    verified: dict[str, Any]
+    """The same wherever the same file is checked: for the manifest's `verified`."""
+    logits: dict[str, Any]
+    """Sums in float32, which differ between machines: for the manifest's `run`."""
+
+
+def check_gguf(
+    path: Path,
+    model_dir: Path,
+    config: Mapping[str, Any],
+    quantization: str,
+    *,
+    weights: Weights | None,
+    memory_budget: int,
+    while_waiting: Callable[[], None] = lambda: None,
+    seconds: float | None = None,
+) -> LlamaCheck:
+    """Run a finished GGUF in llama.cpp and compare it with the model that it was made of.
+
+    Args:
+        path: The file, local.
+        model_dir: The model's config.json, tokenizer files and chat template; needs no weights.
+        config: The parsed config.json.
+        quantization: One of the contract's `QUANTIZATIONS`: which limit the logits have.
+        weights: The model's tensors by checkpoint name, in any dtype; None where they do not fit the budget.
+        memory_budget: Bytes; a larger file is loaded without its weights.
+        while_waiting: Called now and then; what it raises stops the work.
+        seconds: How long llama.cpp may take, instead of what the file's size allows.
+
+    Raises:
+        VerificationFailed: `gguf_not_loadable`, `gguf_tokens_differ`, `gguf_template_differs`, `gguf_logits_differ`;
+            `output_not_loadable` where transformers does not load the tokenizer.
+    """
+    text = Text(model_dir, config)
+    size = path.stat().st_size
+    whole = size <= memory_budget
+    prompt = text.ids(PROMPT, add=True)[:PROMPT_TOKENS]
+    request: Request = {
+        "path": str(path.absolute()),
+        "whole": whole,
+        "plain": list(LINES),
+        "special": text.lines(),
+        "conversations": list(CONVERSATIONS),
+        "prompt": prompt if whole and weights else [],
+    }
+    answer, found = _asked(request, path.name, seconds or SECONDS + size / BYTES_PER_SECOND, while_waiting)
+    verified = {
+        "loaded": "whole" if whole else "vocabulary",
+        **text.compare_tokens(answer),
+        **text.compare_template(answer),
+    }
+    if not whole:
+        return LlamaCheck(verified, {"compared": False, "why": "the file is larger than the memory budget"})
+    if weights is None:
+        return LlamaCheck(verified, {"compared": False, "why": "the weights do not fit the memory budget"})
+    return LlamaCheck(verified, _compare_logits(found, config, prompt, weights, limit_of(config, quantization)))
+
+
+def limit_of(config: Mapping[str, Any], quantization: str) -> float:
+    """How far a file's logits may be from its model's, see `LIMITS`."""
+    return LIMITS[quantization] * (GEMMA4_FACTOR if str(config.get("model_type")).startswith("gemma4") else 1)
+
+
+def _asked(
+    request: Request, name: str, seconds: float, while_waiting: Callable[[], None]
+) -> tuple[Answer, torch.Tensor]:
+    """The child's answer, and its logits: float32, [prompt, vocabulary], or empty.
+
+    Raises:
+        VerificationFailed: `gguf_not_loadable`: llama.cpp says no, dies, or takes too long.
+    """
+    with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
+        place = Path(scratch)
+        (place / "request.json").write_text(json.dumps(request))
+        # Else an abort starts a debugger, if there is one, to print where it was.
+        surroundings = environment(GGML_NO_BACKTRACE="1")
+        status = run_child(
+            [*PROGRAM, scratch], place, environment=surroundings, while_waiting=while_waiting, seconds=seconds
+        )
+        if status != 0:
+            how = {None: f"takes longer than {seconds:.0f} s"}.get(status) or _ended(status)
+            raise _not_loadable(f"llama.cpp {how} with {name}", (place / "log").read_text(errors="replace"))
+        answer: Answer = json.loads((place / "answer.json").read_text())
+        if "error" in answer:
+            raise _not_loadable(f"llama.cpp does not load {name}", answer["error"])
+        if "logits" not in answer:
+            return answer, torch.empty(0)
+        raw = bytearray((place / "logits.f32").read_bytes())
+        return answer, torch.frombuffer(raw, dtype=torch.float32).view(answer["logits"])
+
+
+def _ended(status: int | None) -> str:
+    if status is not None and status < 0:
+        return f"dies of {signal.Signals(-status).name}"
+    return f"ends with {status}"
+
+
+def _not_loadable(what: str, said: str) -> VerificationFailed:
+    last = [line.strip() for line in said.splitlines() if line.strip()][-3:]
+    return VerificationFailed(f"{what}: {'; '.join(last)[-1000:] or 'it says nothing'}", code="gguf_not_loadable")
+
+
+def _compare_logits(
+    found: torch.Tensor, config: Mapping[str, Any], prompt: Sequence[int], weights: Weights, limit: float
+) -> dict[str, Any]:
+    """How far the logits are from those of the weights in float32, as a part of these.
+
+    Each token's mean is taken off first, which softmax does not see.
+
+    Raises:
+        VerificationFailed: `gguf_logits_differ`.
+    """
+    try:
+        with quiet(), torch.inference_mode():
+            expected = _reference(config, prompt, weights)
+    except library_errors() as error:
+        # A vision tower that needs timm, say: nothing of the file.
+        log.warning("the logits are not compared: %s: %s", type(error).__name__, error)
+        return {"compared": False, "why": f"{type(error).__name__} in transformers"}
+    columns = min(found.shape[-1], expected.shape[-1])
+    found, expected = (
+        logits[:, :columns].double() - logits[:, :columns].double().mean(dim=1, keepdim=True)
+        for logits in (found, expected)
+    )
+    difference = rms(found - expected) / rms(expected)
+    if not difference <= limit:
+        raise VerificationFailed(
+            f"the file's logits are {difference:.3g} of their size from the model's (root mean square); "
+            f"the limit is {limit:.3g}.",
+            code="gguf_logits_differ",
+        )
+    return {
+        "compared": True,
+        "tokens": len(prompt),
+        "relative_rms_difference": rounded(difference),
+        "relative_rms_limit": rounded(limit),
+    }
+
+
+def _reference(config: Mapping[str, Any], prompt: Sequence[int], weights: Weights) -> torch.Tensor:
+    """The model's own logits, float32, [prompt, vocabulary]."""
+    import transformers
+
+    known = transformers.CONFIG_MAPPING[str(config["model_type"])].from_dict(dict(config))
+    kind = getattr(transformers, str(config["architectures"][0]))
+    if config["model_type"] == "gemma3n":  # its vision tower is timm's, and not asked
+        known, kind = known.text_config, transformers.Gemma3nForCausalLM
+    model, loading = kind.from_pretrained(
+        None,
+        config=known,
+        state_dict=dict(weights()),
+        dtype=torch.float32,
+        # The one that knows a cap on the logits of attention.
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"transformers finds no weights for {missing[:3]}")
+    return logits_of(model.eval(), dict(config), prompt)[0]
