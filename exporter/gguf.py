@@ -206,8 +206,7 @@ def _laid_out(model: Model) -> Iterator[Path]:
 
 def _quantized(converted: Converted, directory: Path, name: str, quantization: str) -> GgufFile:
     template = directory.parent / "template.gguf"
-    whole = converted.write_template(template)
-    return plan_quantized(converted, template, whole, f"{name}-{quantization.upper()}.gguf", quantization)
+    return plan_quantized(converted, template, f"{name}-{quantization.upper()}.gguf", quantization)
 
 
 @dataclass(frozen=True)
@@ -229,7 +228,6 @@ def _projector(
     template = directory.parent / "projector.gguf"
     try:
         converted = convert(directory, towers, merged.read, projector=True)
-        converted.write_template(template)
         file = plan_as_converted(converted, template, f"{PROJECTOR_PREFIX}{name}-F16.gguf")
         stored = attempt.publish(file.name, lambda writer: write_files([file], [writer], merged), size=file.size)
     except (Unsupported, GgufOverflow) as error:
