@@ -54,11 +54,11 @@ class SetUpError(Exception):
     """llama.cpp could not be set up; the message says why, and what to do."""
 
 
-def main() -> int:
-    """Set up the pinned release; 1 where that fails."""
+def main(release: Release = PINNED) -> int:
+    """Set up a release; 1 where that fails."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        set_up(PINNED)
+        set_up(release)
     except (SetUpError, OSError) as error:
         sys.stderr.write(f"setup: {error}\n")
         return 1
