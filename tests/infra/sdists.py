@@ -16,7 +16,7 @@ backend-path = ["."]
 
 # It notes each build, with its CMAKE_ARGS, in the file that BUILDS names, and then does what BUILD_DOES says.
 BACKEND = """
-import os, sys, time, zipfile
+import os, signal, sys, time, zipfile
 
 VERSION = {version!r}
 INFO = f"llama_cpp_python-{{VERSION}}.dist-info"
@@ -39,6 +39,10 @@ def build_wheel(directory, config_settings=None, metadata_directory=None):
     if does == "fail":
         sys.exit("ggml.c:1: error: no such instruction")
     if does == "wait":
+        def end(number, frame):
+            open(os.environ["BUILDS"] + ".ended", "w").close()
+            sys.exit(1)
+        signal.signal(signal.SIGTERM, end)
         with open(os.environ["BUILDS"] + ".pid", "w") as file:
             file.write(str(os.getpid()))
         while not os.path.exists(os.environ["BUILDS"] + ".go"):
