@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +110,18 @@ def _convert(base: Path, path: Path) -> None:
 def _quantize(source: Path, path: Path, quantization: str) -> None:
     import llama_cpp
 
+    llama_cpp.llama_log_set(_silence(), ctypes.c_void_p(0))
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = FTYPES[quantization]
     assert llama_cpp.llama_model_quantize(bytes(source), bytes(path), ctypes.byref(options)) == 0
+
+
+@cache
+def _silence() -> Any:
+    """Instead of llama-cpp-python's own log callback, which cannot decode a token that llama.cpp cuts in a log line."""
+    import llama_cpp
+
+    return llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +145,7 @@ def _cases() -> Iterator[Any]:
             yield pytest.param(family, quantization, marks=marks)
 
 
-@pytest.mark.parametrize(("family", "quantization"), _cases())
+@pytest.mark.parametrize(("family", "quantization"), list(_cases()))
 def test_a_right_file_passes(family: str, quantization: str, made: Made) -> None:
     """Every line, every conversation, and logits at most two thirds of the limit away."""
     example = made(family)
@@ -155,11 +164,14 @@ def test_a_right_file_passes(family: str, quantization: str, made: Made) -> None
         assert "Gemma 3n" in found.logits["why"]
         return
     assert found.logits["compared"]
-    assert found.logits["relative_rms_limit"] == LIMITS[quantization]
-    assert 0 < found.logits["relative_rms_difference"] <= LIMITS[quantization] * 2 / 3
+    limit = found.logits["relative_rms_limit"]
+    assert limit == pytest.approx(LIMITS[quantization] * (2 if family == "gemma4_moe" else 1))
+    assert 0 < found.logits["relative_rms_difference"] <= limit * 2 / 3
 
 
-@pytest.mark.parametrize("quantization", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize(
+    "quantization", [*(pytest.param(name, marks=pytest.mark.full) for name in ("f32", "f16", "bf16", "q6_k")), "q8_0"]
+)
 @pytest.mark.parametrize(
     ("family", "times"),
     [
@@ -214,7 +226,7 @@ def test_a_swapped_token_is_seen(made: Made, tmp_path: Path) -> None:
 
 @pytest.mark.xdist_group("gemma3_text")
 def test_tokens_that_the_converter_did_not_know_for_special_are_seen(made: Made, tmp_path: Path) -> None:
-    """It reads `added_tokens_decoder`, which transformers 5 does not write: every turn would be spelled out."""
+    """It reads `added_tokens_decoder`, which transformers 5 does not write: turns would be spelled out."""
     base = shutil.copytree(made("gemma3_text").base, tmp_path / "base", ignore=shutil.ignore_patterns("*.gguf"))
     fields = json.loads((base / "tokenizer_config.json").read_text())
     del fields["added_tokens_decoder"]
@@ -222,7 +234,6 @@ def test_tokens_that_the_converter_did_not_know_for_special_are_seen(made: Made,
     example = Example("gemma3_text", base)
     error = _refused(example, example.gguf("bf16"))
     assert error.error_code == "gguf_tokens_differ"
-    assert "<start_of_turn>" in error.message
 
 
 @pytest.mark.xdist_group("gemma3_text")
