@@ -1,13 +1,14 @@
 """A GGUF made in one pass is, byte for byte, what llama.cpp's own route makes in three steps."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 
-from dispatcher.artifacts import path_of
 from dispatcher.contract import QUANTIZATIONS
+from exporter.llama_check import check_gguf
 from exporter.shared_pass import SharedPass
 from tests.exporter.damage import Tensors
 from tests.exporter.exporting import export_gguf_of, file_of, merged_into
@@ -65,3 +66,61 @@ def test_a_file_is_the_one_that_llama_cpps_own_route_makes(
     }
     assert different == {}
     assert shared.passes == 1
+
+
+def projector_of(file: Path) -> Path:
+    """What lies beside a model's file."""
+    (found,) = file.parent.glob("mmproj-*.gguf")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "renames"),
+    [
+        pytest.param("gemma3", {}, id="gemma3-hub", marks=FULL),
+        pytest.param("gemma3", {r"^vision_tower\.vision_model\.": "vision_tower."}, id="gemma3-freshly-built"),
+        pytest.param("gemma4", {}, id="gemma4", marks=FULL),
+    ],
+)
+def test_a_projector_is_the_one_that_the_converter_makes(
+    family: str, renames: dict[str, str | None], tmp_path: Path
+) -> None:
+    """Of the merged towers; whatever names a base has them by that transformers has ever saved."""
+    base, adapter = of_family(family, tmp_path)
+    model = peft_directory(base, adapter, tmp_path / "route" / NAME)
+    theirs = converted(model, tmp_path / "theirs.gguf", "f16", "--mmproj")
+    rewrite(base, renames)
+    (made,) = export_gguf_of(base, adapter, tmp_path / "store")
+    assert made.summary["mmproj"]["status"] == "made"
+    assert differences(projector_of(file_of(made)), theirs) == []
+
+
+SHARED = r"\.layers\.2[01]\.self_attn\.(k_proj|v_proj|k_norm)\.weight$"
+"""Of the tiny gemma3n, what the layers have by which they share another's keys and values"""
+
+
+@pytest.mark.full
+def test_a_gemma3n_is_the_one_of_the_route_where_that_works(tmp_path: Path) -> None:
+    """Which is from a directory that still has the tensors of the layers that share others' keys and values."""
+    base, adapter = of_family("gemma3n", tmp_path)
+    made = export_gguf_of(base, adapter, tmp_path / "store", SOME)
+    model = merged_into(base, adapter, tmp_path / "merged").rename(tmp_path / NAME)
+    (model / "README.md").unlink()  # the converter takes a licence and tags from it, that PEFT's directory does not tell
+    whole = converted(model, tmp_path / "whole.gguf", "bf16")
+    assert [differences(file_of(one), quantized(whole, kind)) for one, kind in zip(made, SOME, strict=True)] == [[]] * 3
+
+
+def test_a_gemma3n_saved_without_its_shared_tensors_is_converted_all_the_same(tmp_path: Path) -> None:
+    """llama.cpp's route refuses it; the tensors are never read, and every other one is as with them."""
+    base, adapter = of_family("gemma3n", tmp_path)
+    (first,) = export_gguf_of(base, adapter, tmp_path / "one")
+    rewrite(base, {SHARED: None})
+    (second,) = export_gguf_of(base, adapter, tmp_path / "two")
+    before, after = read(file_of(first)), read(file_of(second))
+    assert before["keys"] == after["keys"]
+    assert list(before["tensors"]) == list(after["tensors"])
+    different = {name for name, tensor in after["tensors"].items() if tensor != before["tensors"][name]}
+    assert different == {f"blk.{layer}.attn_{part}.weight" for layer in (20, 21) for part in ("k", "v", "k_norm")}
+    config = json.loads((base / "config.json").read_text())
+    check = check_gguf(file_of(second), base, config, "q8_0", weights=None, memory_budget=1 << 30)
+    assert check.verified["loaded"] == "whole"
