@@ -1,6 +1,5 @@
 """A GGUF made in one pass is, byte for byte, what llama.cpp's own route makes in three steps."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 import safetensors.torch
 
 from dispatcher.contract import QUANTIZATIONS
-from exporter.llama_check import check_gguf
 from exporter.shared_pass import SharedPass
 from tests.exporter.damage import Tensors
 from tests.exporter.exporting import export_gguf_of, file_of, merged_into
@@ -111,7 +109,7 @@ def test_a_gemma3n_is_the_one_of_the_route_where_that_works(tmp_path: Path) -> N
 
 
 def test_a_gemma3n_saved_without_its_shared_tensors_is_converted_all_the_same(tmp_path: Path) -> None:
-    """llama.cpp's route refuses it; the tensors are never read, and every other one is as with them."""
+    """llama.cpp's route refuses it, its loader asks for tensors that it never reads; every other one is as with them."""
     base, adapter = of_family("gemma3n", tmp_path)
     (first,) = export_gguf_of(base, adapter, tmp_path / "one")
     rewrite(base, {SHARED: None})
@@ -121,6 +119,4 @@ def test_a_gemma3n_saved_without_its_shared_tensors_is_converted_all_the_same(tm
     assert list(before["tensors"]) == list(after["tensors"])
     different = {name for name, tensor in after["tensors"].items() if tensor != before["tensors"][name]}
     assert different == {f"blk.{layer}.attn_{part}.weight" for layer in (20, 21) for part in ("k", "v", "k_norm")}
-    config = json.loads((base / "config.json").read_text())
-    check = check_gguf(file_of(second), base, config, "q8_0", weights=None, memory_budget=1 << 30)
-    assert check.verified["loaded"] == "whole"
+    assert second.summary["verified"]["llama_cpp"]["loaded"] == "whole"
