@@ -136,7 +136,7 @@ def _save_base(directory: Path, tokenizer: Any) -> None:
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=4,
+        num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=1,
         head_dim=32,
