@@ -54,17 +54,13 @@ class Converted:
         found = self.writer.kv_data[0].get("tokenizer.chat_template")
         return None if found is None else str(found.value)
 
-    def write_template(self, path: Path) -> int:
-        """Write metadata and shapes, without the data of any tensor; the size that the whole file would have."""
-        import gguf
-
+    def head(self, path: Path) -> bytes:
+        """Everything before the first tensor's data, unpadded, as llama.cpp's own writer has it; `path` is written."""
         self.writer.write_header_to_file(path)
         self.writer.write_kv_data_to_file()
         self.writer.write_ti_data_to_file()
         self.writer.close()
-        pad, align = gguf.GGUFWriter.ggml_pad, self.writer.data_alignment
-        sizes = sum(pad(info.nbytes, align) for info in self.tensors.values())
-        return int(pad(path.stat().st_size, align) + sizes)
+        return path.read_bytes()
 
 
 def convert(directory: Path, tensors: Mapping[str, Stored], read: Read, *, projector: bool = False) -> Converted:

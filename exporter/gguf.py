@@ -2,7 +2,9 @@
 
 import logging
 import math
+import os
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dispatcher.artifacts import ArtifactWriter, StoredFile
+from dispatcher.artifacts import ArtifactWriter, StoredFile, path_of
 from dispatcher.errors import Unsupported
 from exporter import merge
 from exporter.adapter import Adapter
@@ -26,6 +28,7 @@ from exporter.gguf_file import GgufFile, GgufOverflow, plan_as_converted, plan_q
 from exporter.gguf_verify import verify_gguf
 from exporter.lease import Report
 from exporter.ledger import refuse_unchanged
+from exporter.llama_check import Weights, check_gguf
 from exporter.llama_cpp import installed_version
 from exporter.making import WRITE_FROM, WRITE_TO, Checks, Made
 from exporter.merged_tensors import MergedTensors
@@ -36,6 +39,8 @@ from exporter.shared_pass import Share
 from exporter.sources import MAX_CONFIG_BYTES
 
 log = logging.getLogger(__name__)
+_RUNNING = threading.Lock()
+"""Held by the one export whose file runs in llama.cpp: several at once would take as many memory budgets."""
 VERSION = "1"
 """Part of every artifact's version: raise it when what is written of a given merge changes."""
 
@@ -96,6 +101,16 @@ def make_gguf(attempt: Attempt, model: Model, quantization: str, report: Report,
             refuse_unchanged(merged.deltas)
         report("verifying", WRITE_TO)
         verified = verify_gguf(attempt.store, attempt.directory, file, files[0], merged)
+        with _RUNNING, _as_local_file(attempt, file, directory.parent) as path:
+            checked = check_gguf(
+                path,
+                directory,
+                model.config,
+                quantization,
+                weights=_weights(merged, checks),
+                memory_budget=checks.memory_budget if path.parent != directory.parent else 0,
+                while_waiting=lambda: report("verifying", WRITE_TO),
+            )
         if projector is not None:
             files += projector.files
             tensors["mmproj"] = projector.facts
@@ -108,7 +123,30 @@ def make_gguf(attempt: Attempt, model: Model, quantization: str, report: Report,
             generation=read_json_object(generation, limit=MAX_CONFIG_BYTES) if generation.is_file() else None,
         ).encode()
     files.append(attempt.publish(MODELFILE_NAME, lambda writer: writer.write(text), size=len(text)))
-    return Made(files, tensors, verified, model.config, has_template=converted.chat_template is not None)
+    verified |= {"llama_cpp": checked.verified}
+    logits = checked.logits if checks.logits else {"compared": False, "why": "switched off (VERIFY_LOGITS)"}
+    return Made(files, tensors, verified, model.config, logits, has_template=converted.chat_template is not None)
+
+
+@contextmanager
+def _as_local_file(attempt: Attempt, file: GgufFile, scratch: Path) -> Iterator[Path]:
+    """The written file; of one in a bucket, the metadata, with a hole where the weights would be."""
+    uri = attempt.store.uri(f"{attempt.directory}/{file.name}")
+    if not uri.startswith("gs://"):
+        yield path_of(uri)
+        return
+    path = scratch / file.name
+    path.write_bytes(file.head)
+    os.truncate(path, file.size)
+    yield path
+
+
+def _weights(merged: MergedTensors, checks: Checks) -> Weights | None:
+    """All merged tensors, where a model of them in float32 fits the memory budget and is asked for."""
+    elements = sum(math.prod(output.tensor.shape) for output in merged.outputs.values())
+    if not checks.logits or 4 * elements > checks.memory_budget:
+        return None
+    return lambda: ((name, merged.read(name)) for name in merged.outputs)
 
 
 def _facts(file: GgufFile) -> dict[str, Any]:
@@ -168,8 +206,7 @@ def _laid_out(model: Model) -> Iterator[Path]:
 
 def _quantized(converted: Converted, directory: Path, name: str, quantization: str) -> GgufFile:
     template = directory.parent / "template.gguf"
-    whole = converted.write_template(template)
-    return plan_quantized(converted, template, whole, f"{name}-{quantization.upper()}.gguf", quantization)
+    return plan_quantized(converted, template, f"{name}-{quantization.upper()}.gguf", quantization)
 
 
 @dataclass(frozen=True)
@@ -191,7 +228,6 @@ def _projector(
     template = directory.parent / "projector.gguf"
     try:
         converted = convert(directory, towers, merged.read, projector=True)
-        converted.write_template(template)
         file = plan_as_converted(converted, template, f"{PROJECTOR_PREFIX}{name}-F16.gguf")
         stored = attempt.publish(file.name, lambda writer: write_files([file], [writer], merged), size=file.size)
     except (Unsupported, GgufOverflow) as error:

@@ -13,6 +13,7 @@ from exporter.checkpoint import Tensor
 from exporter.converter import Stored
 from exporter.gemma import HEAD, Family, canonical_name, tower_of
 from exporter.plan import is_tied
+from exporter.tensors import TORCH_DTYPE
 
 NEEDS_SENTENCEPIECE = frozenset({"gemma", "gemma2", "gemma3_text", "gemma3", "gemma3n_text", "gemma3n"})
 """By model_type: what llama.cpp reads the vocabulary of from `tokenizer.model`."""
@@ -67,6 +68,9 @@ def language_tensors(
         family: Their key layout.
         model_type: Of config.json.
         config: The merged model's.
+
+    Raises:
+        Unsupported: `unsupported_base_dtype`.
     """
     nested = config.get("text_config")
     text = nested if isinstance(nested, dict) else config
@@ -78,6 +82,11 @@ def language_tensors(
         is_shared = place is not None and int(place["number"]) >= layers - shared and place["rest"] in _SHARED
         tied_head = canonical == HEAD and is_tied(config)
         if tower_of(canonical) == "language" and not tied_head and (model_type in WANTS_SHARED or not is_shared):
+            if tensor.dtype not in TORCH_DTYPE:
+                raise Unsupported(
+                    f"{name!r} is stored as {tensor.dtype}; {', '.join(sorted(TORCH_DTYPE))} are converted.",
+                    code="unsupported_base_dtype",
+                )
             fed[name] = Stored(name, tensor.shape, tensor.dtype)
     if model_type in WANTS_SHARED:
         fed |= _missing(fed, layers - shared)
@@ -98,10 +107,10 @@ def _missing(fed: Mapping[str, Stored], first: int) -> dict[str, Stored]:
 
 
 def projector_tensors(outputs: Mapping[str, Tensor], family: Family, model_type: str) -> dict[str, Stored]:
-    """The tensors of vision and audio towers, by the names that the converter knows."""
+    """The weights of vision and audio towers, by the names that the converter knows."""
     fed = {}
     for name, tensor in outputs.items():
-        if tower_of(canonical_name(name, family)) != "language":
+        if tower_of(canonical_name(name, family)) != "language" and tensor.dtype in TORCH_DTYPE:
             known = name
             for pattern, replacement in _TOWER_NAMES if model_type == "gemma3" else ():
                 known = re.sub(pattern, replacement, known)

@@ -23,10 +23,6 @@ from exporter.merged_tensors import MergedTensors
 from exporter.pipeline import Pipeline
 from exporter.quantizer import file_type, tensor_types
 
-ALIGNMENT = 32
-"""`GGUF_DEFAULT_ALIGNMENT`; no converter of a Gemma sets another.
-Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
-
 
 class GgufOverflow(VerificationFailed):
     """A tensor type does not hold the values that it was to be made of."""
@@ -68,21 +64,23 @@ class GgufFile:
         return _padded(end)
 
 
-def plan_quantized(converted: Converted, template: Path, whole: int, name: str, quantization: str) -> GgufFile:
+def plan_quantized(converted: Converted, template: Path, name: str, quantization: str) -> GgufFile:
     """The file that llama.cpp's quantizer would make of the converter's.
 
     Args:
         converted: The language model, from the converter.
-        template: As `Converted.write_template` wrote it.
-        whole: The size that it returned.
+        template: Where a file may be made that it takes its decisions on: metadata, and a hole for the weights.
         name: The file's name.
         quantization: One of `dispatcher.contract.QUANTIZATIONS`.
 
     Raises:
         Unsupported: As `tensor_types`.
+        OSError: The template cannot be written.
     """
-    kinds = tensor_types(template, whole, len(converted.tensors), quantization)
-    head, places = ggml.metadata_of(template, kinds, file_type(quantization))
+    with ggml.Metadata(converted.writer) as metadata:
+        size = metadata.write(template)
+        kinds = tensor_types(template, size, len(converted.tensors), quantization)
+        head, places = metadata.quantized(kinds, file_type(quantization))
     tensors = (
         GgufTensor(tensor, kind, len(head) + start, nbytes, converted.tensors[tensor])
         for (tensor, kind), (start, nbytes) in zip(kinds, places, strict=True)
@@ -91,8 +89,8 @@ def plan_quantized(converted: Converted, template: Path, whole: int, name: str, 
 
 
 def plan_as_converted(converted: Converted, template: Path, name: str) -> GgufFile:
-    """The file as the converter has it; arguments as of `plan_quantized`."""
-    head = template.read_bytes()
+    """The file as the converter has it; arguments and errors as of `plan_quantized`."""
+    head = converted.head(template)
     head += bytes(_padded(len(head)) - len(head))
     start, tensors = len(head), []
     for tensor, info in converted.tensors.items():
@@ -102,7 +100,7 @@ def plan_as_converted(converted: Converted, template: Path, name: str) -> GgufFi
 
 
 def _padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return -(-size // ggml.ALIGNMENT) * ggml.ALIGNMENT
 
 
 @dataclass

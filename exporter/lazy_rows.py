@@ -54,7 +54,9 @@ class LazyRows(LazyTorchTensor):  # type: ignore[misc]  # llama.cpp ships no typ
     def to(self, dtype: torch.dtype | None = None, device: object = None) -> "LazyRows":
         return LazyRows(self._rows, dtype or self._dtype, self._read)
 
-    def numpy(self) -> "RowArray":
+    def numpy(self) -> Any:
+        if not self._rows.shape:
+            return LazyTorchTensor.numpy(self)
         return RowArray(self._rows, self._rows.shape, np.dtype(np.float32))
 
     @classmethod

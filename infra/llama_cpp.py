@@ -18,8 +18,9 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
@@ -43,22 +44,28 @@ PINNED = Release("0.3.36", "832db0699007f1be95a7e41ef12e88926b02ba836461e36a3637
 # nothing here uses and `import llama_cpp` does not load.
 CMAKE_ARGS = "-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF"
 
+# The sdist's CMakeLists.txt also builds the library of llama.cpp's command line tools, nearly half of the work, which
+# nothing here loads. It forces the cache entry of this variable ON; a plain variable goes before a cache entry.
+# https://cmake.org/cmake/help/latest/variable/CMAKE_PROJECT_PROJECT-NAME_INCLUDE.html
+PROJECT_INCLUDE = "set(LLAMA_BUILD_COMMON OFF)\n"
+
 # Of vendor/llama.cpp in the sdist.
 CONVERTER = ("LICENSE", "convert_hf_to_gguf.py", "conversion", "gguf-py/LICENSE", "gguf-py/gguf")
 
 _COMPILERS = (("C", "CC", ("cc", "gcc", "clang")), ("C++", "CXX", ("c++", "g++", "clang++")))
 _LAST_LINES = 25
+_END_SECONDS = 10
 
 
 class SetUpError(Exception):
     """llama.cpp could not be set up; the message says why, and what to do."""
 
 
-def main() -> int:
-    """Set up the pinned release; 1 where that fails."""
+def main(release: Release = PINNED) -> int:
+    """Set up a release; 1 where that fails."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        set_up(PINNED)
+        set_up(release)
     except (SetUpError, OSError) as error:
         sys.stderr.write(f"setup: {error}\n")
         return 1
@@ -129,7 +136,7 @@ def _is_in_place(origin: Mapping[str, str]) -> bool:
 def _key(origin: Mapping[str, str]) -> str:
     """The name of a build: what it was made from, and what it runs on."""
     runs_on = [sys.implementation.cache_tag, sysconfig.get_platform(), *platform.libc_ver()]
-    digest = hashlib.sha256(json.dumps([*origin.values(), *runs_on]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([*origin.values(), PROJECT_INCLUDE, *runs_on]).encode()).hexdigest()
     return f"{origin['llama_cpp_python']}-{digest[:16]}"
 
 
@@ -155,8 +162,11 @@ def _build(release: Release, cmake_args: str, built: Path) -> None:
         part, scratch = Path(temporary, "whole"), Path(temporary, "tmp")
         part.mkdir()
         scratch.mkdir()
+        include = Path(temporary, "project.cmake")
+        include.write_text(PROJECT_INCLUDE)
+        arguments = f"{shlex.quote(f'-DCMAKE_PROJECT_llama_cpp_INCLUDE={include}')} {cmake_args}"
         # pip's own temporary files too, so that a killed build's are found and removed by the next.
-        environment = {**os.environ, "TMPDIR": str(scratch), "CMAKE_ARGS": cmake_args}
+        environment = {**os.environ, "TMPDIR": str(scratch), "CMAKE_ARGS": arguments}
         check = f"--hash=sha256:{release.sha256}\n"
 
         _say(f"downloading {DISTRIBUTION} {release.version}")
@@ -220,8 +230,23 @@ def _pip(arguments: list[str], environment: Mapping[str, str], log: Path) -> boo
         try:
             return pip.wait() == 0
         except BaseException:
-            os.killpg(pip.pid, signal.SIGKILL)
+            _end(pip)
             raise
+
+
+def _end(pip: subprocess.Popen[bytes]) -> None:
+    """End pip and all that it started, before what they write to is removed.
+
+    Asked first: ninja keeps compilers in process groups of their own, which only ninja knows of.
+    """
+    deadline = time.monotonic() + _END_SECONDS
+    with suppress(ProcessLookupError):  # when none of the group is left
+        os.killpg(pip.pid, signal.SIGTERM)
+        while time.monotonic() < deadline:
+            pip.poll()  # a child that nobody asks after stays in the group
+            os.killpg(pip.pid, 0)
+            time.sleep(0.05)
+        os.killpg(pip.pid, signal.SIGKILL)
 
 
 def _fail(message: str, log: Path) -> NoReturn:
