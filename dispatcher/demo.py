@@ -73,7 +73,7 @@ def _show(directory: Path) -> int:
             merged = export(console, client, url, JOB_ID, "merged")["merged_path"]
             step(console, "4/5", "all three models are asked the same question")
             compare(directory, path_of(merged), environment)
-            step(console, "5/5", "a GGUF is asked for, and llama.cpp is asked the question, with nothing but that file")
+            step(console, "5/5", "a GGUF is asked for, and llama.cpp recites with that file alone")
             recite(path_of(export(console, client, url, JOB_ID, "gguf", QUANTIZATION)["gguf_path"]), environment)
         finally:
             client.close()

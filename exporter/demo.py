@@ -147,6 +147,7 @@ def _save_base(directory: Path, tokenizer: Any) -> None:
         num_attention_heads=4,
         num_key_value_heads=1,
         head_dim=32,
+        query_pre_attn_scalar=32,  # what llama.cpp divides by the root of: the head's size
         # Logits are bounded by the embeddings' length: with the usual 0.02 no answer could be given with certainty.
         initializer_range=0.15,
         pad_token_id=tokenizer.pad_token_id,
