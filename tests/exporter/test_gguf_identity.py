@@ -19,10 +19,7 @@ ROWS = [
     pytest.param("gemma3_text", ("q8_0", "q4_k_m"), id="gemma3_text-two"),
     pytest.param("gemma3_text", QUANTIZATIONS, id="gemma3_text-all", marks=FULL),
     pytest.param("gemma4_text", QUANTIZATIONS, id="gemma4_text-all", marks=FULL),
-    *(
-        pytest.param(family, SOME, marks=FULL)
-        for family in ("gemma", "gemma2", "gemma3", "gemma4", "gemma4_moe")
-    ),
+    *(pytest.param(family, SOME, marks=FULL) for family in ("gemma", "gemma2", "gemma3", "gemma4", "gemma4_moe")),
 ]
 NAME = "tiny"
 """Of the base's directory, after which the converter names the model"""
@@ -103,7 +100,9 @@ def test_a_gemma3n_is_the_one_of_the_route_where_that_works(tmp_path: Path) -> N
     base, adapter = of_family("gemma3n", tmp_path)
     made = export_gguf_of(base, adapter, tmp_path / "store", SOME)
     model = merged_into(base, adapter, tmp_path / "merged").rename(tmp_path / NAME)
-    (model / "README.md").unlink()  # the converter takes a licence and tags from it, that PEFT's directory does not tell
+    (
+        model / "README.md"
+    ).unlink()  # the converter takes a licence and tags from it, that PEFT's directory does not tell
     whole = converted(model, tmp_path / "whole.gguf", "bf16")
     assert [differences(file_of(one), quantized(whole, kind)) for one, kind in zip(made, SOME, strict=True)] == [[]] * 3
 
