@@ -108,7 +108,7 @@ def test_a_gemma3n_is_the_one_of_the_route_where_that_works(tmp_path: Path) -> N
 
 
 def test_a_gemma3n_saved_without_its_shared_tensors_is_converted_all_the_same(tmp_path: Path) -> None:
-    """llama.cpp's route refuses it, its loader asks for tensors that it never reads; every other one is as with them."""
+    """llama.cpp's loader asks for tensors that it never reads; every other one is as with them."""
     base, adapter = of_family("gemma3n", tmp_path)
     (first,) = export_gguf_of(base, adapter, tmp_path / "one")
     rewrite(base, {SHARED: None})

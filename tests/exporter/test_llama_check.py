@@ -3,16 +3,12 @@
 The files are made by llama.cpp's own converter and quantizer, so what passes here is right by its own account.
 """
 
-import ctypes
 import json
-import os
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +18,12 @@ import torch
 from dispatcher.contract import QUANTIZATIONS
 from dispatcher.errors import VerificationFailed
 from exporter.llama_check import LIMITS, LlamaCheck, check_gguf
+from tests.exporter.gguf_route import converted, quantized
 from tests.gemmas import file_tensors
 from tests.gemmas.llama import LLAMA_FAMILIES, llama_adapter, llama_base
 
-SOURCE = os.environ.get("LLAMA_CPP_SOURCE")
-pytestmark = pytest.mark.skipif(SOURCE is None, reason="LLAMA_CPP_SOURCE does not say where llama.cpp's converter is")
 QUICK_FAMILIES = ("gemma", "gemma2", "gemma3_text", "gemma4_text")
 QUICK_TYPES = ("f32", "bf16", "q8_0", "q4_k_m")
-# https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h, `enum llama_ftype`
-FTYPES = {
-    "f32": 0,
-    "f16": 1,
-    "q4_0": 2,
-    "q8_0": 7,
-    "q5_0": 8,
-    "q2_k": 10,
-    "q3_k_s": 11,
-    "q3_k_m": 12,
-    "q3_k_l": 13,
-    "q4_k_s": 14,
-    "q4_k_m": 15,
-    "q5_k_s": 16,
-    "q5_k_m": 17,
-    "q6_k": 18,
-    "iq4_nl": 25,
-    "iq4_xs": 30,
-    "bf16": 32,
-}
 BUDGET = 1 << 30
 LIGHT = 0.4
 """A scale at which a random adapter changes the logits by a quarter to a half of their size."""
@@ -72,9 +47,9 @@ class Example:
         bf16 = self.base / "bf16.gguf"
         path = bf16.with_name(f"{quantization}.gguf")
         if not bf16.exists():
-            _convert(self.base, bf16)
+            converted(self.base, bf16, "bf16")
         if not path.exists():
-            _quantize(bf16, path, quantization)
+            quantized(bf16, quantization)
         return path
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -92,36 +67,6 @@ class Example:
     def check(self, path: Path, quantization: str = "bf16", **options: Any) -> LlamaCheck:
         options = {"weights": self.tensors, "memory_budget": BUDGET, **options}
         return check_gguf(path, options.pop("model_dir", self.base), self.config, quantization, **options)
-
-
-def _convert(base: Path, path: Path) -> None:
-    command = [
-        sys.executable,
-        f"{SOURCE}/convert_hf_to_gguf.py",
-        str(base),
-        "--outtype",
-        "bf16",
-        "--outfile",
-        str(path),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-
-
-def _quantize(source: Path, path: Path, quantization: str) -> None:
-    import llama_cpp
-
-    llama_cpp.llama_log_set(_silence(), ctypes.c_void_p(0))
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype = FTYPES[quantization]
-    assert llama_cpp.llama_model_quantize(bytes(source), bytes(path), ctypes.byref(options)) == 0
-
-
-@cache
-def _silence() -> Any:
-    """Instead of llama-cpp-python's own log callback, which cannot decode a token that llama.cpp cuts in a log line."""
-    import llama_cpp
-
-    return llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 @pytest.fixture(scope="module")
