@@ -94,9 +94,7 @@ def _ggml() -> ctypes.CDLL:
             function = getattr(loaded, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        raise NotAvailable(
-            f"libggml-base cannot be used: {error}. {SET_UP}", code="llama_cpp_mismatch"
-        ) from error
+        raise NotAvailable(f"libggml-base cannot be used: {error}. {SET_UP}", code="llama_cpp_mismatch") from error
     return loaded
 
 
