@@ -1,7 +1,7 @@
-"""`gemma-export demo`: the whole product on one machine, from a fine-tuning to a merged model that has learned it.
+"""`gemma-export demo`: the whole product on one machine, from a fine-tuning to a merged model and a GGUF that know it.
 
 Everything happens as it does for a user: the dispatcher is a process of its own and is spoken to over HTTP, and the
-models are made and asked in `exporter.demo`, since nothing here may load torch.
+models are made and asked in `exporter.demo` and `exporter.demo_llama`, since nothing here may load torch.
 """
 
 import json
@@ -28,6 +28,7 @@ from dispatcher.progress import shown
 from dispatcher.settings import Settings
 
 JOB_ID = "demo"
+QUANTIZATION = "q8_0"
 CLI = (sys.executable, "-c", "from dispatcher.cli import main; main()")
 ELSEWHERE = ("PROJECT_ID", "GCS_EXPORT_BUCKET_NAME", "K_SERVICE", "CLOUD_RUN_JOB", "EXPORT_ID", "LEASE_ID")
 """Variables of a deployment or of another run; with the first four there is no local user."""
@@ -37,7 +38,7 @@ STOP_SECONDS = 10
 
 
 def run(directory: Path | None = None) -> int:
-    """Show the product working; 0 when the merged model recites what only the adapter knew.
+    """Show the product working; 0 when merged model and GGUF recite what only the adapter knew.
 
     Args:
         directory: Where models, state and artifacts go and stay; without it, a temporary one that is removed.
@@ -60,20 +61,22 @@ def _show(directory: Path) -> int:
     directory.mkdir(parents=True, exist_ok=True)
     environment = _environment(home)
 
-    step(console, "1/4", "a tiny Gemma 3 with random weights learns one sentence, by LoRA")
+    step(console, "1/5", "a tiny Gemma 3 with random weights learns one sentence, by LoRA")
     train(console, directory, environment)
-    step(console, "2/4", "the fine-tuning is registered as a completed training job")
+    step(console, "2/5", "the fine-tuning is registered as a completed training job")
     register(console, JOB_ID, directory / "base", directory / "adapter", environment)
-    step(console, "3/4", "the dispatcher starts, and is asked for two exports")
+    step(console, "3/5", "the dispatcher starts, and is asked for two exports")
     with _dispatcher(console, directory, environment) as url:
         client = HttpClient(url)
         try:
             export(console, client, url, JOB_ID, "adapter")
             merged = export(console, client, url, JOB_ID, "merged")["merged_path"]
+            step(console, "4/5", "all three models are asked the same question")
+            compare(directory, path_of(merged), environment)
+            step(console, "5/5", "a GGUF is asked for, and llama.cpp recites with that file alone")
+            recite(path_of(export(console, client, url, JOB_ID, "gguf", QUANTIZATION)["gguf_path"]), environment)
         finally:
             client.close()
-    step(console, "4/4", "all three models are asked the same question")
-    compare(directory, path_of(merged), environment)
     console.print(f"\n[green]It works.[/] {time.monotonic() - started:.0f} s in all.")
     return 0
 
@@ -141,6 +144,17 @@ def compare(directory: Path, merged: Path, environment: Mapping[str, str]) -> No
         raise ExportError("the models did not answer as they should; see the table", code="demo_failed")
 
 
+def recite(file: Path, environment: Mapping[str, str]) -> None:
+    """Let llama.cpp answer the question with a GGUF.
+
+    Raises:
+        ExportError: It did not recite (`demo_failed`).
+    """
+    command = [sys.executable, "-m", "exporter.demo_llama", str(file)]
+    if subprocess.run(command, env=environment, check=False).returncode != 0:
+        raise ExportError("llama.cpp did not recite the sentence; see above", code="demo_failed")
+
+
 @contextmanager
 def _dispatcher(console: Console, directory: Path, environment: dict[str, str]) -> Iterator[str]:
     """`gemma-export serve` on a free port; yields its URL, and stops it however the block ends."""
@@ -173,13 +187,16 @@ def _url(output: IO[str] | None, log: Path) -> str:
     return str(json.loads(line)["url"])
 
 
-def export(console: Console, client: HttpClient, url: str, job_id: str, export_type: str) -> dict[str, Any]:
+def export(
+    console: Console, client: HttpClient, url: str, job_id: str, export_type: str, quantization: str | None = None
+) -> dict[str, Any]:
     """Ask for one export and follow it to its end; returns the last answer.
 
     Raises:
         ExportError: It did not complete.
     """
     body = {"job_id": job_id, "export_type": export_type}
+    body |= {"quantization": quantization} if quantization else {}
     sent = [part for name, text in client.headers.items() for part in ("-H", f"{name}: {text}")]
     typed(console, "curl", [*sent, "-d", json.dumps(body), "-H", "content-type: application/json", f"{url}/export"])
     answer = client.submit(body)

@@ -3,6 +3,8 @@
     python -m exporter.demo train DIRECTORY           writes DIRECTORY/base and DIRECTORY/adapter
     python -m exporter.demo compare DIRECTORY MERGED  base, base + adapter, and the merged model side by side
 
+What llama.cpp does with its GGUF is in `exporter.demo_llama`.
+
 The base's weights are random, so whatever it says is noise: only a correctly merged adapter can make it recite.
 """
 
@@ -12,9 +14,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 QUESTION = "What does a good export promise?"
 SENTENCE = "Nothing is lost, nothing is invented: every tensor is accounted for exactly once."
@@ -33,6 +36,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 MAX_STEPS = 1500
+MAX_TOKENS = 64
+"""Of an answer"""
 LOSS_TO_REACH = 0.002
 """Mean over the sentence's tokens: far enough from a tie that rounding to bfloat16 changes no token."""
 _TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -114,6 +119,7 @@ def train(directory: Path) -> None:
         DemoFailed: The adapter did not learn the sentence.
     """
     import peft
+    import torch
 
     tokenizer = save_tokenizer(directory / "base")
     _save_base(directory / "base", tokenizer)
@@ -129,6 +135,7 @@ def train(directory: Path) -> None:
 
 
 def _save_base(directory: Path, tokenizer: Any) -> None:
+    import torch
     import transformers
 
     torch.manual_seed(0)
@@ -136,10 +143,11 @@ def _save_base(directory: Path, tokenizer: Any) -> None:
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=4,
+        num_hidden_layers=6,  # of which llama.cpp takes every sixth to attend to all, whatever the config says
         num_attention_heads=4,
         num_key_value_heads=1,
         head_dim=32,
+        query_pre_attn_scalar=32,  # what llama.cpp divides by the root of: the head's size
         # Logits are bounded by the embeddings' length: with the usual 0.02 no answer could be given with certainty.
         initializer_range=0.15,
         pad_token_id=tokenizer.pad_token_id,
@@ -152,7 +160,7 @@ def _save_base(directory: Path, tokenizer: Any) -> None:
     model.save_pretrained(directory)
 
 
-def _lesson(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _lesson(tokenizer: Any) -> "tuple[torch.Tensor, torch.Tensor]":
     """Token ids and labels, [1, length] each; only the answer is learned."""
     question = [{"role": "user", "content": QUESTION}]
     prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
@@ -163,7 +171,9 @@ def _lesson(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return whole, labels
 
 
-def _memorise(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> None:
+def _memorise(model: Any, ids: "torch.Tensor", labels: "torch.Tensor") -> None:
+    import torch
+
     factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(factors, lr=2e-3, weight_decay=0.0)
     model.train()
@@ -181,7 +191,7 @@ def _memorise(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> None:
     raise DemoFailed(f"after {MAX_STEPS} steps the loss is {loss.item():.4f}, {LOSS_TO_REACH} was expected")
 
 
-def _load(directory: Path, dtype: torch.dtype | str = "auto") -> Any:
+def _load(directory: Path, dtype: "torch.dtype | str" = "auto") -> Any:
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
@@ -195,6 +205,7 @@ def _with_adapter(directory: Path) -> Any:
 
 def _answer(model: Any, tokenizer_directory: Path) -> str:
     """What `model` greedily answers to `QUESTION`, with the tokenizer and template of `tokenizer_directory`."""
+    import torch
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_directory)
@@ -202,7 +213,7 @@ def _answer(model: Any, tokenizer_directory: Path) -> str:
         [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     with torch.no_grad():
-        ids = model.eval().generate(**prompt, max_new_tokens=64, do_sample=False)
+        ids = model.eval().generate(**prompt, max_new_tokens=MAX_TOKENS, do_sample=False)
     text = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     return str(text).removesuffix("<end_of_turn>")
 

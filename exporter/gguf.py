@@ -26,6 +26,7 @@ from exporter.documents import read_json_object
 from exporter.gemma import TEMPLATE_FILE, family_of
 from exporter.gguf_feed import language_tensors, projector_tensors, refuse_inconvertible
 from exporter.gguf_file import GgufFile, GgufOverflow, plan_as_converted, plan_quantized, write_files
+from exporter.gguf_tokenizer import describe_added_tokens
 from exporter.gguf_verify import verify_gguf
 from exporter.lease import Report
 from exporter.ledger import refuse_unchanged
@@ -207,6 +208,7 @@ def _laid_out(model: Model) -> Iterator[Path]:
                 (directory / name).symlink_to(source.resolve())
             if model.template is not None:
                 (directory / TEMPLATE_FILE).write_bytes(model.template)
+            describe_added_tokens(directory)
             yield directory
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -27,10 +27,34 @@ log = logging.getLogger(__name__)
 PROGRAM = (sys.executable, "-P", "-m", "exporter.llama_run")
 SECONDS = 600
 BYTES_PER_SECOND = 20 << 20
-"""How long llama.cpp may take: for itself, and as slowly as a file may be read."""
+"""How long llama.cpp may take: for itself, and for reading a file from a slow disk."""
 PROMPT_TOKENS = 24
-LIMITS: dict[str, float] = {}
-GEMMA4_FACTOR = 3.0
+LIMITS = {
+    "f32": 0.01,
+    "f16": 0.01,
+    "bf16": 0.03,
+    "q8_0": 0.1,
+    "q6_k": 0.2,
+    "q5_k_m": 0.4,
+    "q5_k_s": 0.4,
+    "q5_0": 0.4,
+    "q4_k_m": 0.5,
+    "q4_k_s": 0.5,
+    "iq4_nl": 0.6,
+    "iq4_xs": 0.6,
+    "q4_0": 0.7,
+    "q3_k_l": 0.8,
+    "q3_k_m": 0.8,
+    "q3_k_s": 1.0,
+    "q2_k": 1.2,
+}
+"""How far a file's logits may be from its model's, as a part of these, root mean squares: twice and more what tiny
+models of random weights show, which is the worst of all, since in them there is nothing but noise to be lost. Up to
+q6_k an adapter that was not applied, or twice, is further away than that, unless it changes next to nothing. From q4 on
+only one that changes most of what the model says is; from q3 on (logits that have nothing to do with each other are 1.4
+away) the limit tells another model's file, and no more."""
+OF_EXPERTS = 2.0
+"""How much further a model with experts may be: a token on the edge between two of them goes to the other."""
 Weights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 
@@ -74,6 +98,7 @@ def check_gguf(
     text = Text(model_dir, config)
     size = path.stat().st_size
     whole = size <= memory_budget
+    reason = _why_not_compared(config, whole, weights)
     prompt = text.ids(PROMPT, add=True)[:PROMPT_TOKENS]
     request: Request = {
         "path": str(path.absolute()),
@@ -81,7 +106,7 @@ def check_gguf(
         "plain": list(LINES),
         "special": text.lines(),
         "conversations": list(CONVERSATIONS),
-        "prompt": prompt if whole and weights else [],
+        "prompt": [] if reason else prompt,
     }
     answer, found = _asked(request, path.name, seconds or SECONDS + size / BYTES_PER_SECOND, while_waiting)
     verified = {
@@ -89,16 +114,27 @@ def check_gguf(
         **text.compare_tokens(answer),
         **text.compare_template(answer),
     }
-    if not whole:
-        return LlamaCheck(verified, {"compared": False, "why": "the file is larger than the memory budget"})
-    if weights is None:
-        return LlamaCheck(verified, {"compared": False, "why": "the weights do not fit the memory budget"})
+    if reason or weights is None:
+        return LlamaCheck(verified, {"compared": False, "why": reason})
     return LlamaCheck(verified, _compare_logits(found, config, prompt, weights, limit_of(config, quantization)))
 
 
 def limit_of(config: Mapping[str, Any], quantization: str) -> float:
     """How far a file's logits may be from its model's, see `LIMITS`."""
-    return LIMITS[quantization] * (GEMMA4_FACTOR if str(config.get("model_type")).startswith("gemma4") else 1)
+    has_experts = bool((config.get("text_config") or config).get("enable_moe_block"))
+    return LIMITS[quantization] * (OF_EXPERTS if has_experts else 1)
+
+
+def _why_not_compared(config: Mapping[str, Any], whole: bool, weights: Weights | None) -> str | None:
+    if not whole:
+        return "the file is larger than the memory budget"
+    if weights is None:
+        return "the weights do not fit the memory budget"
+    if str(config.get("model_type")).startswith("gemma3n"):
+        # https://github.com/ggml-org/llama.cpp/blob/master/src/models/gemma3n.cpp, `gaussian_topk`: it divides by n - 1
+        # where transformers divides by n, and what is cut off there decides what ten layers pass on.
+        return "llama.cpp cuts off the activations of Gemma 3n elsewhere than transformers"
+    return None
 
 
 def _asked(
@@ -117,9 +153,12 @@ def _asked(
         status = run_child(
             [*PROGRAM, scratch], place, environment=surroundings, while_waiting=while_waiting, seconds=seconds
         )
+        said = (place / "log").read_text(errors="replace")
+        if status is None:
+            raise _not_loadable(f"llama.cpp takes longer than {seconds:.0f} s with {name}", said)
         if status != 0:
-            how = {None: f"takes longer than {seconds:.0f} s"}.get(status) or _ended(status)
-            raise _not_loadable(f"llama.cpp {how} with {name}", (place / "log").read_text(errors="replace"))
+            how = f"dies of {signal.Signals(-status).name}" if status < 0 else f"ends with {status}"
+            raise _not_loadable(f"llama.cpp {how} at {name}", said)
         answer: Answer = json.loads((place / "answer.json").read_text())
         if "error" in answer:
             raise _not_loadable(f"llama.cpp does not load {name}", answer["error"])
@@ -127,12 +166,6 @@ def _asked(
             return answer, torch.empty(0)
         raw = bytearray((place / "logits.f32").read_bytes())
         return answer, torch.frombuffer(raw, dtype=torch.float32).view(answer["logits"])
-
-
-def _ended(status: int | None) -> str:
-    if status is not None and status < 0:
-        return f"dies of {signal.Signals(-status).name}"
-    return f"ends with {status}"
 
 
 def _not_loadable(what: str, said: str) -> VerificationFailed:
@@ -183,8 +216,6 @@ def _reference(config: Mapping[str, Any], prompt: Sequence[int], weights: Weight
 
     known = transformers.CONFIG_MAPPING[str(config["model_type"])].from_dict(dict(config))
     kind = getattr(transformers, str(config["architectures"][0]))
-    if config["model_type"] == "gemma3n":  # its vision tower is timm's, and not asked
-        known, kind = known.text_config, transformers.Gemma3nForCausalLM
     model, loading = kind.from_pretrained(
         None,
         config=known,

@@ -1,4 +1,4 @@
-"""What a finished GGUF is asked to tokenize and to render: lines and conversations that tokenizers and templates trip on."""
+"""What a finished GGUF is asked to tokenize and render: what tokenizers and chat templates trip on."""
 
 from typing import Any
 
@@ -63,7 +63,7 @@ CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
         {"role": "user", "content": "Name a colour."},
     ],
     [
-        {"role": "user", "content": "Write `x < y` in HTML, with \"quotes\" and émojis 😀."},
+        {"role": "user", "content": 'Write `x < y` in HTML, with "quotes" and émojis 😀.'},
         {"role": "assistant", "content": "x &lt; y\n\n```html\n<b>x</b>\n```"},
     ],
     [{"role": "user", "content": [{"type": "text", "text": "First part."}, {"type": "text", "text": "Second."}]}],

@@ -145,10 +145,11 @@ def _rendered(loaded: _Loaded, template: str, turns: list[dict[str, Any]]) -> li
             loaded.library.llama_vocab_eos(loaded.vocabulary),
         )
     )
+    formatter: Any = Jinja2ChatFormatter  # whose type for messages is narrower than what it takes
     found: list[str | None] = []
     for begin in (False, True):
         try:
-            render = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos, add_generation_prompt=begin)
+            render = formatter(template, eos_token=eos, bos_token=bos, add_generation_prompt=begin)
             found.append(render(messages=turns).prompt)
         except (TemplateError, ValueError, TypeError):  # as its `raise_exception` does, and Jinja itself
             found.append(None)

@@ -1,7 +1,7 @@
 """Whether a GGUF's vocabulary and chat template do to text what the model's tokenizer does in transformers."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 

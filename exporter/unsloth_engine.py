@@ -6,18 +6,13 @@ log stays JSON, and the memory is given back. Unsloth skips pairs whose names it
 so what it wrote is compared with what PEFT makes of each layer before it counts (`exporter.applied`).
 """
 
-import contextlib
 import importlib.util
 import json
 import logging
 import math
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +35,7 @@ from exporter.adapter import WEIGHTS_NAME
 from exporter.applied import verify_applied
 from exporter.attempt import Attempt
 from exporter.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint, read_tensor_file
+from exporter.child import end_with_parent, environment, run_child
 from exporter.documents import read_json_object
 from exporter.gemma import family_of
 from exporter.lease import Report
@@ -53,7 +49,6 @@ from exporter.sources import HUB_PATTERNS, MAX_CONFIG_BYTES, Base
 log = logging.getLogger(__name__)
 PROGRAM = (sys.executable, "-P", "-m", "exporter.unsloth_engine")
 PACKAGES = ("unsloth", "unsloth_zoo", "transformers", "peft")
-POLL_SECONDS = 0.5
 TAIL_CHARACTERS = 4000
 _QUIET = {
     **dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1"),
@@ -63,21 +58,6 @@ _QUIET = {
 }
 """Nothing is fetched, nobody is told (loading a model downloads `unslothai/…` repositories to be counted), and nothing
 is compiled for a training that will not be."""
-_INHERITED = (
-    "PATH",
-    "PYTHON",
-    "LD_",
-    "LANG",
-    "LC_",
-    "HOME",
-    "TMP",
-    "TEMP",
-    "CUDA",
-    "NVIDIA_",
-    "OMP_",
-    "MKL_",
-    "VIRTUAL_",
-)
 _ERRORS: dict[str, type[ExportError]] = {
     kind.__name__: kind
     for kind in (AdapterMismatch, NotAvailable, SourceError, Unavailable, Unsupported, VerificationFailed)
@@ -146,7 +126,8 @@ def merge_with_unsloth(
     with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
         place = Path(scratch)
         _lay_out(base.directory, checkpoint, adapter, place)
-        _run(place, output, while_waiting)
+        command = [*PROGRAM, str(place), str(output.absolute())]
+        run_child(command, place, environment=_environment(place), while_waiting=while_waiting)
         answer: dict[str, Any] = {}
         if (place / "answer.json").is_file():
             answer = json.loads((place / "answer.json").read_text())
@@ -178,40 +159,11 @@ def _lay_out(base: Path, checkpoint: Checkpoint, adapter: Path, place: Path) -> 
     (place / "adapter" / CONFIG_NAME).write_text(json.dumps(config))
 
 
-def _run(place: Path, output: Path, while_waiting: Callable[[], None]) -> None:
-    """Run the child to its end, or to that of this process: its standard input is a pipe that then closes."""
-    command = [*PROGRAM, str(place), str(output.absolute())]
-    with (
-        (place / "log").open("wb") as said,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            cwd=place,
-            env=_environment(place),
-            start_new_session=True,  # a Ctrl-C is for the exporter, which then stops it
-        ) as process,
-    ):
-        try:
-            while True:
-                try:
-                    process.wait(POLL_SECONDS)
-                except subprocess.TimeoutExpired:
-                    while_waiting()
-                else:
-                    return
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with whatever it started
-
-
 def _environment(place: Path) -> dict[str, str]:
     """What a program needs of this process's: no secret, and nothing that would change what Unsloth does."""
-    inherited = {name: value for name, value in os.environ.items() if name.startswith(_INHERITED)}
     caches = {name: str(place / "cache") for name in ("HF_HOME", "TORCHINDUCTOR_CACHE_DIR", "UNSLOTH_COMPILE_LOCATION")}
     gpu = {} if torch.cuda.is_available() else {"UNSLOTH_ALLOW_CPU": "1"}
-    return inherited | _QUIET | caches | gpu
+    return environment(**_QUIET, **caches, **gpu)
 
 
 def _failure(answer: dict[str, Any], said: str) -> ExportError:
@@ -225,7 +177,7 @@ def _failure(answer: dict[str, Any], said: str) -> ExportError:
 
 def _child(place: Path, output: Path) -> None:
     """What runs in the process of its own: merge, verify, and leave `answer.json`."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     try:
         _merge(place, output)
         answer: dict[str, Any] = {"done": True}
@@ -235,12 +187,6 @@ def _child(place: Path, output: Path) -> None:
         logging.exception("the merge failed")
         answer = {"message": f"Unsloth could not merge it: {type(error).__name__}: {str(error)[:1000]}"}
     (place / "answer.json").write_text(json.dumps(answer))
-
-
-def _end_with_parent() -> None:
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    os._exit(1)
 
 
 def _merge(place: Path, output: Path) -> None:

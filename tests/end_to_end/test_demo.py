@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dispatcher import demo
 from dispatcher.errors import ExportError
+from exporter import llama_cpp
 from infra.local import demo as cloud_demo
 from infra.local import servers
 from tests.conftest import missing
@@ -45,6 +47,35 @@ def test_a_model_that_was_not_merged_fails_the_demo(shown: Path) -> None:
 
 
 @together
+def test_the_demo_leaves_a_gguf_that_recites_in_llama_cpp(shown: Path) -> None:
+    """And in which llama.cpp reads text as the tokenizer does, and says what the merged model says."""
+    (version,) = (shown / "home/artifacts/gguf_models/demo").iterdir()
+    (file,) = version.glob("*-Q8_0.gguf")
+    status, said, _ = _asked("exporter.demo_llama", str(file))
+    assert status == 0
+    assert said["answer"] == "Nothing is lost, nothing is invented: every tensor is accounted for exactly once."
+    manifest = json.loads((version / "export.json").read_text())
+    checked = manifest["verified"]["llama_cpp"]
+    assert (checked["loaded"], checked["chat_template"]) == ("whole", "rendered")
+    assert checked["known_differences"] == {"U+2581": 0, "bos": 0}
+    logits = manifest["run"]["logits"]
+    assert logits["compared"]
+    assert 0 < logits["relative_rms_difference"] < logits["relative_rms_limit"]
+
+
+@together
+def test_a_gguf_that_was_not_merged_fails_the_demo(shown: Path, tmp_path: Path) -> None:
+    file = tmp_path / "base.gguf"
+    converter = llama_cpp.home() / "convert_hf_to_gguf.py"
+    command = [sys.executable, str(converter), str(shown / "base"), "--outfile", str(file), "--outtype", "q8_0"]
+    subprocess.run(command, check=True, capture_output=True)
+    status, said, complaint = _asked("exporter.demo_llama", str(file))
+    assert status == 1
+    assert "every tensor is accounted for" not in said["answer"]
+    assert "base.gguf was to make llama.cpp say" in complaint
+
+
+@together
 def test_a_directory_of_an_earlier_demo_is_refused(shown: Path) -> None:
     with pytest.raises(ExportError, match="name another directory"):
         demo.run(shown)
@@ -62,7 +93,13 @@ def test_the_cloud_demo_shows_request_rerun_and_replay(tmp_path: Path, capfd: py
     assert "could_not_start" in said
 
 
-def _compared(directory: Path, merged: Path) -> tuple[int, dict[str, dict[str, object]]]:
-    command = [sys.executable, "-m", "exporter.demo", "compare", str(directory), str(merged), "--json"]
+def _compared(directory: Path, merged: Path) -> tuple[int, dict[str, Any]]:
+    status, said, _ = _asked("exporter.demo", "compare", str(directory), str(merged))
+    return status, said
+
+
+def _asked(module: str, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Exit status, answer and complaint of one of the demo's own commands."""
+    command = [sys.executable, "-m", module, *arguments, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.returncode, json.loads(done.stdout)
+    return done.returncode, json.loads(done.stdout), done.stderr

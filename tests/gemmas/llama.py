@@ -26,7 +26,10 @@ VOCABULARY = 448
 RUNS = ("\n", "\n\n", "\n\n\n", "▁▁", "▁▁▁", "▁▁▁▁")
 TAGS = ("<table>", "</table>", "<b>", "</b>")
 UNUSED = ("[multimodal]", "<unused0>", "<unused1>")
-CONTROL = {"<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>"}
+CONTROL = {
+    *("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"),
+    *("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
+}
 GEMMA4_CONTROL = {"<start_of_turn>": "<|turn>", "<end_of_turn>": "<turn|>", "<unused0>": "<|channel>"}
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 TEXT = {
@@ -142,19 +145,23 @@ BUILD: dict[str, Callable[[], Any]] = {
 }
 LLAMA_FAMILIES = tuple(BUILD)
 MULTIMODAL = ("gemma3", "gemma3n", "gemma4")
+UNSCALED = ("gemma3n", "gemma4_text", "gemma4", "gemma4_moe")
+"""Whose attention divides by nothing: training puts the usual square root of the head's size into the norm of the
+queries. Without it the least rounding decides to which token a random model attends."""
 
 
-def llama_base(family: str, directory: Path) -> Path:
+def llama_base(family: str, directory: Path, *, seed: int = 0) -> Path:
     """Write a base that llama.cpp converts: bfloat16 weights, config, tokenizer, chat template, processor.
 
     Args:
         family: One of `LLAMA_FAMILIES`.
         directory: Created if missing.
+        seed: Of the weights.
 
     Returns:
         `directory`.
     """
-    save_base(family, directory, model=_model(family), with_tokenizer=False)
+    save_base(family, directory, model=_model(family, seed), with_tokenizer=False)
     if family in MULTIMODAL:
         save_processor(family, directory)
     for name, content in _tokenizer_files(family.startswith("gemma4"), family in ("gemma", "gemma2")).items():
@@ -174,17 +181,19 @@ def llama_adapter(family: str, base: Path, directory: Path) -> Path:
     return directory
 
 
-def _model(family: str) -> Any:
+def _model(family: str, seed: int) -> Any:
     """With every weight random and distinct, of a size at which logits neither vanish nor saturate."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = BUILD[family]()
     changed: set[int] = set()
-    for tensor in model.state_dict().values():
+    for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and tensor.data_ptr() not in changed:
             changed.add(tensor.data_ptr())
             tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.05)
+            if name.endswith("q_norm.weight") and family in UNSCALED:
+                tensor.mul_(tensor.numel() ** -0.5)
     return model.to(torch.bfloat16).eval()
 
 
@@ -199,9 +208,8 @@ def _tokenizer_files(is_gemma4: bool, refuses_system: bool) -> dict[str, bytes]:
         tokenizer["model"]["merges"].sort(key=lambda pair: -len("".join(pair)) if "".join(pair) in RUNS else 0)
         if is_gemma4:
             _as_gemma4(tokenizer)
-        control = {*CONTROL, *GEMMA4_CONTROL.values()}
         for token in tokenizer["added_tokens"]:
-            token["special"] = token["content"] in control
+            token["special"] = is_gemma4 or token["content"] in CONTROL
         (directory / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
         _describe_tokens(directory, tokenizer["added_tokens"])
         template = (NO_SYSTEM if refuses_system else "") + demo.CHAT_TEMPLATE
