@@ -43,7 +43,7 @@ def converted(model: Path, output: Path, kind: str, *options: str) -> Path:
         options: Further ones, such as `--mmproj`.
     """
     script = home() / "convert_hf_to_gguf.py"
-    command = [sys.executable, script, model, "--outtype", kind, "--outfile", output, *options]
+    command = [sys.executable, *map(str, (script, model)), "--outtype", kind, "--outfile", str(output), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return output

@@ -178,8 +178,8 @@ def test_libraries_that_cannot_be_used_fail_the_export_for_good(
             info = tmp_path / "site" / "llama_cpp_python-0.1.dist-info"
             info.mkdir()
             (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: 0.1\n")
-    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
-    assert machine.fails(PYTHONPATH=path) == code
+    modules = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    assert machine.fails(PYTHONPATH=modules) == code
 
 
 class Machine:

@@ -12,7 +12,7 @@ from dispatcher.local_artifacts import LocalArtifacts
 from exporter.checkpoint import open_checkpoint
 from exporter.converter import convert
 from exporter.gguf_feed import language_tensors
-from exporter.gguf_file import GgufFile, plan_quantized, write_files
+from exporter.gguf_file import GgufFile, GgufTensor, plan_quantized, write_files
 from exporter.gguf_verify import verify_gguf
 from exporter.merged_tensors import MergedTensors
 from exporter.plan import plan_copy
@@ -21,8 +21,6 @@ from exporter.streaming import planned
 from tests.gemmas.llama import llama_adapter, llama_base
 
 DIRECTORY = "gguf_models/job-1/v"
-MERGED = "blk.5.ffn_down.weight"
-"""The last tensor that is merged; the last of a sample is always taken"""
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +46,11 @@ class Written:
         """Have it written with other bytes, of which the writer knows the checksum."""
         self.path.unlink()
         self.stored = self.publish(lambda writer: writer.write(content))
+
+    def merged_tensors(self) -> list[GgufTensor]:
+        """Those that the adapter changes, in the file's order; the last is always in a sample."""
+        rows = [(tensor, getattr(tensor.info.tensor, "rows", None)) for tensor in self.file.tensors]
+        return [tensor for tensor, of in rows if of is not None and self.merged.outputs[of.source].change is not None]
 
     def verify(self) -> dict[str, object]:
         return verify_gguf(self.store, DIRECTORY, self.file, self.stored, self.merged)
@@ -111,7 +114,7 @@ def _leave_a_tensor_unmerged(file: Written) -> None:
     content = bytearray(file.path.read_bytes())
     other = bytearray()
     write_files([file.file], [_Bytes(other)], file.unmerged)
-    (tensor,) = (tensor for tensor in file.file.tensors if tensor.name == MERGED)
+    tensor = file.merged_tensors()[-1]
     part = slice(tensor.start, tensor.start + tensor.nbytes)
     assert content[part] != other[part]
     content[part] = other[part]
@@ -120,8 +123,8 @@ def _leave_a_tensor_unmerged(file: Written) -> None:
 
 def _exchange_two_tensors(file: Written) -> None:
     content = bytearray(file.path.read_bytes())
-    (last,) = (tensor for tensor in file.file.tensors if tensor.name == MERGED)
-    (other,) = (tensor for tensor in file.file.tensors if tensor.name == MERGED.replace("5", "4"))
+    *others, last = file.merged_tensors()
+    other = next(tensor for tensor in others if (tensor.kind, tensor.nbytes) == (last.kind, last.nbytes))
     a, b = (slice(tensor.start, tensor.start + tensor.nbytes) for tensor in (last, other))
     content[a], content[b] = content[b], content[a]
     file.replace(bytes(content))
