@@ -7,7 +7,9 @@ import pytest
 import safetensors.torch
 
 from dispatcher.contract import QUANTIZATIONS
+from dispatcher.gcs_artifacts import GcsArtifacts
 from exporter.shared_pass import SharedPass
+from tests.buckets import bucket_named, new_bucket
 from tests.exporter.damage import Tensors
 from tests.exporter.exporting import export_gguf_of, file_of, merged_into
 from tests.exporter.gguf_route import converted, differences, peft_directory, quantized, read
@@ -69,25 +71,26 @@ def projector_of(file: Path) -> Path:
     return found
 
 
-@pytest.mark.parametrize(
-    ("family", "renames"),
-    [
-        pytest.param("gemma3", {}, id="gemma3-hub", marks=FULL),
-        pytest.param("gemma3", {r"^vision_tower\.vision_model\.": "vision_tower."}, id="gemma3-freshly-built"),
-        pytest.param("gemma4", {}, id="gemma4", marks=FULL),
-    ],
-)
-def test_a_projector_is_the_one_that_the_converter_makes(
-    family: str, renames: dict[str, str | None], tmp_path: Path
-) -> None:
-    """Of the merged towers; whatever names a base has them by that transformers has ever saved."""
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_a_projector_is_the_one_that_the_converter_makes(family: str, tmp_path: Path) -> None:
+    """Of the merged towers."""
     base, adapter = of_family(family, tmp_path)
     model = peft_directory(base, adapter, tmp_path / "route" / NAME)
     theirs = converted(model, tmp_path / "theirs.gguf", "f16", "--mmproj")
-    rewrite(base, renames)
     (made,) = export_gguf_of(base, adapter, tmp_path / "store")
     assert made.summary["mmproj"]["status"] == "made"
     assert differences(projector_of(file_of(made)), theirs) == []
+
+
+def test_a_freshly_built_gemma3_has_the_projector_of_one_from_the_hub(tmp_path: Path) -> None:
+    """transformers saves its vision tower under other names."""
+    base, adapter = of_family("gemma3", tmp_path)
+    (hub,) = export_gguf_of(base, adapter, tmp_path / "hub")
+    rewrite(base, {r"^vision_tower\.vision_model\.": "vision_tower."})
+    (fresh,) = export_gguf_of(base, adapter, tmp_path / "fresh")
+    assert differences(file_of(fresh), file_of(hub)) == []
+    assert differences(projector_of(file_of(fresh)), projector_of(file_of(hub))) == []
 
 
 SHARED = r"\.layers\.2[01]\.self_attn\.(k_proj|v_proj|k_norm)\.weight$"
@@ -108,7 +111,7 @@ def test_a_gemma3n_is_the_one_of_the_route_where_that_works(tmp_path: Path) -> N
 
 
 def test_a_gemma3n_saved_without_its_shared_tensors_is_converted_all_the_same(tmp_path: Path) -> None:
-    """llama.cpp's loader asks for tensors that it never reads; every other one is as with them."""
+    """The route refuses it, and the loader asks for tensors that it never reads; all others are the same."""
     base, adapter = of_family("gemma3n", tmp_path)
     (first,) = export_gguf_of(base, adapter, tmp_path / "one")
     rewrite(base, {SHARED: None})
@@ -119,3 +122,28 @@ def test_a_gemma3n_saved_without_its_shared_tensors_is_converted_all_the_same(tm
     different = {name for name, tensor in after["tensors"].items() if tensor != before["tensors"][name]}
     assert different == {f"blk.{layer}.attn_{part}.weight" for layer in (20, 21) for part in ("k", "v", "k_norm")}
     assert second.summary["verified"]["llama_cpp"]["loaded"] == "whole"
+
+
+@pytest.mark.full
+def test_a_full_fine_tune_is_the_one_of_the_routes_last_steps(tmp_path: Path) -> None:
+    """Nothing is merged into it."""
+    model = llama_base("gemma3_text", tmp_path / NAME)
+    theirs = quantized(converted(model, tmp_path / "whole.gguf", "bf16"), "q4_k_m")
+    (made,) = export_gguf_of(f"/nowhere/{NAME}", model, tmp_path / "store", ["q4_k_m"])
+    assert differences(file_of(made), theirs) == []
+
+
+def test_a_full_fine_tune_in_a_bucket_is_converted_as_one_in_a_directory(tmp_path: Path, storage_server: str) -> None:
+    """Into a bucket, too, from where it is not fetched again to be checked."""
+    model = llama_base("gemma3_text", tmp_path / NAME)
+    (local,) = export_gguf_of(f"/nowhere/{NAME}", model, tmp_path / "store")
+    theirs, store = new_bucket(), GcsArtifacts(new_bucket())
+    for path in model.iterdir():
+        bucket_named(theirs).blob(f"jobs/1/{path.name}").upload_from_filename(path)
+    (made,) = export_gguf_of(f"/nowhere/{NAME}", f"gs://{theirs}/jobs/1", store)
+    assert made.artifact.version == local.artifact.version
+    assert made.artifact.file is not None
+    with store.open(made.artifact.file) as reader:
+        assert reader.read(0, reader.size) == file_of(local).read_bytes()
+    assert made.summary["verified"]["llama_cpp"]["loaded"] == "vocabulary"
+    assert local.summary["verified"]["llama_cpp"]["loaded"] == "whole"
