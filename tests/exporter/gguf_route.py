@@ -43,11 +43,7 @@ def converted(model: Path, output: Path, kind: str, *options: str) -> Path:
         options: Further ones, such as `--mmproj`.
     """
     script = home() / "convert_hf_to_gguf.py"
-<<<<<<< HEAD
     command = [sys.executable, str(script), str(model), "--outtype", kind, "--outfile", str(output), *options]
-=======
-    command = [sys.executable, *map(str, (script, model)), "--outtype", kind, "--outfile", str(output), *options]
->>>>>>> wip-ident
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return output
