@@ -1,6 +1,6 @@
 """The demonstration's last question: does llama.cpp recite the sentence from the GGUF alone?
 
-    python -m exporter.demo_llama FILE
+python -m exporter.demo_llama FILE
 """
 
 import argparse

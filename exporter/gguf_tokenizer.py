@@ -1,8 +1,8 @@
 """What llama.cpp's converter asks of a tokenizer's files that transformers 5 no longer writes.
 
-Where it reads a vocabulary from `tokenizer.model`, it learns which tokens are special, or stand for themselves, from the
-`added_tokens_decoder` of `tokenizer_config.json` alone (`_create_vocab_sentencepiece` in
-https://github.com/ggml-org/llama.cpp/blob/master/conversion/base.py). Without it `<start_of_turn>` would be text.
+Where it reads a vocabulary from `tokenizer.model`, it learns which tokens are special, or stand for themselves, from
+the `added_tokens_decoder` of `tokenizer_config.json` alone. Without that, `<start_of_turn>` would be text. Source:
+`_create_vocab_sentencepiece` in https://github.com/ggml-org/llama.cpp/blob/master/conversion/base.py
 """
 
 import json
