@@ -38,7 +38,7 @@ def measured(command: Sequence[str], environment: Mapping[str, str]) -> Measurem
     os.sync()
     ended = threading.Event()
     peaks: dict[int, int] = {}
-    written: dict[int, int] = {}
+    written = [0]
     started = time.monotonic()
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -51,14 +51,17 @@ def measured(command: Sequence[str], environment: Mapping[str, str]) -> Measurem
         watcher.join()
     if process.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output[-1000:]}{errors[-3000:]}")
-    return Measurement(seconds, max(peaks.values(), default=0), sum(written.values()), output)
+    return Measurement(seconds, max(peaks.values(), default=0), max(written), output)
 
 
-def _watch(root: int, peaks: dict[int, int], written: dict[int, int], ended: threading.Event) -> None:
+def _watch(root: int, peaks: dict[int, int], written: list[int], ended: threading.Event) -> None:
     while not ended.wait(SAMPLE_SECONDS):
+        so_far = 0
         for pid in _family(root):
             peaks[pid] = max(peaks.get(pid, 0), _figure(pid, "status", "VmHWM:") * 1024)
-            written[pid] = max(written.get(pid, 0), _figure(pid, "io", "write_bytes:"))
+            # What a process has written becomes its parent's when that waits for it, so parents are looked at first.
+            so_far += _figure(pid, "io", "write_bytes:")
+        written.append(so_far)
 
 
 def _family(pid: int) -> Iterator[int]:
