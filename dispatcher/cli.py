@@ -76,7 +76,7 @@ def register(base: str, adapter: str, job_id: str | None, provider: str | None, 
 @main.command()
 @click.argument("job_id")
 @click.option("--type", "export_type", type=click.Choice(TYPES), required=True)
-@click.option("--quantization", help="With --type gguf.")
+@click.option("--quantization", help="With --type gguf: q8_0 (the default), q4_k_m, bf16, …; README has all.")
 @click.option("--send-hf-token", is_flag=True, help="Send HF_TOKEN along, for a base model behind a gate.")
 @click.option("--wait/--no-wait", default=True, help="Stay until it is finished (the default).")
 @_url

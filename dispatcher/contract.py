@@ -9,7 +9,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, field_validator, model_validator
 
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
 """A job id becomes a file name, a document id and a command argument; `..` is refused besides."""
@@ -19,6 +19,12 @@ QUANTIZATIONS = (
     *("q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "iq4_nl", "iq4_xs", "q4_0", "q5_0"),
 )
 DEFAULT_QUANTIZATION = "q8_0"
+NEED_IMPORTANCE = {
+    **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "q2_k_s"), "q2_k"),
+    "iq3_xxs": "q3_k_s",
+}
+"""What llama.cpp makes with an importance matrix alone, and what to ask for instead. Source: `tensor_requires_imatrix`
+in https://github.com/ggml-org/llama.cpp/blob/master/src/llama-quant.cpp"""
 SCHEMA_VERSION: Literal[1] = 1
 
 
@@ -90,6 +96,14 @@ class ExportRequest(Frozen):
     export_type: ExportType
     hf_token: SecretStr | None = None
     quantization: Literal[QUANTIZATIONS] | None = None  # type: ignore[valid-type]  # one list, used as type and data
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _without_importance(cls, value: object) -> object:
+        instead = NEED_IMPORTANCE.get(value) if isinstance(value, str) else None
+        if instead is not None:
+            raise ValueError(f"{value} needs an importance matrix, of which none is made here: ask for {instead}")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -5,6 +5,7 @@ to get it. Source: https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_
 """
 
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from exporter.models import library_errors, quiet
 from exporter.tensors import TORCH_DTYPE
 
 MAX_MESSAGE = 500
+_LOCK = threading.Lock()
+"""For what belongs to the whole process, and `quiet` and libraries change and put back"""
 
 Read = Callable[[str], torch.Tensor]
 """Gives a whole merged tensor by its name in the checkpoint, in its own dtype."""
@@ -88,7 +91,7 @@ def convert(directory: Path, tensors: Mapping[str, Stored], read: Read, *, proje
     file_type = gguf.LlamaFileType.MOSTLY_F16 if projector else gguf.LlamaFileType.MOSTLY_BF16
     refusals: tuple[type[Exception], ...] = (AssertionError, IndexError, *library_errors())
     try:
-        with quiet(), torch.inference_mode():
+        with _LOCK, quiet(), torch.inference_mode():
             hparams = conversion.ModelBase.load_hparams(directory, False)
             architecture = conversion.get_model_architecture(hparams, kind)
             model_class = conversion.get_model_class(architecture, mmproj=projector)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dispatcher.errors import NotAvailable
-from exporter.llama_cpp import library
+from exporter.llama_cpp import SET_UP, library
 
 FILE_TYPE = b"general.file_type"
 QUANTIZATION_VERSION = b"general.quantization_version"
@@ -94,10 +94,17 @@ def _ggml() -> ctypes.CDLL:
             function = getattr(loaded, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        raise NotAvailable(
-            f"libggml-base cannot be used: {error}. Run `make setup` again.", code="llama_cpp_mismatch"
-        ) from error
+        raise NotAvailable(f"libggml-base cannot be used: {error}. {SET_UP}", code="llama_cpp_mismatch") from error
     return loaded
+
+
+def load() -> None:
+    """Load libggml-base, as whatever else is here does by itself.
+
+    Raises:
+        NotAvailable: `libggml_missing`, `llama_cpp_mismatch`.
+    """
+    _ggml()
 
 
 def row_bytes(kind: int, width: int) -> int:

@@ -1,5 +1,6 @@
 """The recipe of a GGUF: from base and adapter, or from a whole model, to a quantized file in one pass."""
 
+import errno
 import logging
 import math
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from dispatcher.artifacts import ArtifactWriter, StoredFile, path_of
-from dispatcher.errors import Unsupported
+from dispatcher.errors import StorageFull, Unsupported
 from exporter import merge
 from exporter.adapter import Adapter
 from exporter.artifact import PROJECTOR_PREFIX
@@ -192,18 +193,30 @@ def _refuse_left_out(plan: Plan, taken: Container[str | None]) -> None:
 
 @contextmanager
 def _laid_out(model: Model) -> Iterator[Path]:
-    """A directory as the converter expects it, of everything but the weights; the model's name is its own."""
-    with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
-        directory = Path(scratch) / model.name
-        directory.mkdir()
-        (directory / "config.json").write_bytes(config_bytes(model.config))
-        for name, source in model.side_files.items():
-            (directory / name).parent.mkdir(exist_ok=True)
-            (directory / name).symlink_to(source.resolve())
-        if model.template is not None:
-            (directory / TEMPLATE_FILE).write_bytes(model.template)
-        describe_added_tokens(directory)
-        yield directory
+    """A directory as the converter expects it, of everything but the weights; the model's name is its own.
+
+    Raises:
+        StorageFull: No room there, now or while it is used.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
+            directory = Path(scratch) / model.name
+            directory.mkdir()
+            (directory / "config.json").write_bytes(config_bytes(model.config))
+            for name, source in model.side_files.items():
+                (directory / name).parent.mkdir(exist_ok=True)
+                (directory / name).symlink_to(source.resolve())
+            if model.template is not None:
+                (directory / TEMPLATE_FILE).write_bytes(model.template)
+            describe_added_tokens(directory)
+            yield directory
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageFull(
+            f"no room in {tempfile.gettempdir()} for what the converter works with: a file of a few megabytes of "
+            "metadata. Free some and ask again."
+        ) from error
 
 
 def _quantized(converted: Converted, directory: Path, name: str, quantization: str) -> GgufFile:

@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any
 
 from dispatcher.artifacts import ArtifactStore
-from dispatcher.contract import DEFAULT_QUANTIZATION, ExportRecord, TrainingJob
-from dispatcher.errors import NotAvailable, SourceError
+from dispatcher.contract import DEFAULT_QUANTIZATION, QUANTIZATIONS, ExportRecord, TrainingJob
+from dispatcher.errors import NotAvailable, SourceError, Unsupported
 from exporter import gguf
 from exporter.adapter import refuse_not_finite
 from exporter.architecture import fitted, fitting_config
@@ -34,6 +34,7 @@ from exporter.markdown import slug
 from exporter.merged import UNREAD
 from exporter.plan import plan_copy
 from exporter.quantized import without_quantization
+from exporter.quantizer import refuse_unusable
 from exporter.shared_pass import Share
 from exporter.sidefiles import inner_template, side_files
 from exporter.sources import Base, TokenSource, adapter_here, files_here
@@ -74,6 +75,13 @@ def export_gguf(
         raise NotAvailable(
             f"a GGUF is made by the {ENGINE} engine alone, not by {engine!r}.", code="engine_not_available"
         )
+    if quantization(record) not in QUANTIZATIONS:
+        # Without an importance matrix, ggml ends the process rather than make some of them.
+        raise Unsupported(
+            f"no GGUF is made in {quantization(record)[:40]!r}; ask for one of {', '.join(QUANTIZATIONS)}.",
+            code="quantization_unknown",
+        )
+    refuse_unusable()
     if job.adapter_path is None:
         raise SourceError(f"training job {job.job_id} names no adapter.", code="adapter_missing")
     files = store.list(job.adapter_path)

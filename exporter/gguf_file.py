@@ -103,6 +103,10 @@ def _padded(size: int) -> int:
     return -(-size // ggml.ALIGNMENT) * ggml.ALIGNMENT
 
 
+_Put = int | GgufOverflow
+"""How many bytes a file's rows have, or why it has none."""
+
+
 @dataclass
 class _Room:
     """What one worker has for itself."""
@@ -111,21 +115,35 @@ class _Room:
     scratch: torch.Tensor
 
 
-def write_files(files: Sequence[GgufFile], sinks: Sequence[Sink], merged: MergedTensors) -> None:
+def write_files(
+    files: Sequence[GgufFile],
+    sinks: Sequence[Sink],
+    merged: MergedTensors,
+    on_overflow: Callable[[int, GgufOverflow], None] | None = None,
+) -> None:
     """Write files of the same tensors in the same order, front to back, in one pass over the merged tensors.
 
     Args:
         files: What to write.
         sinks: Where each goes.
         merged: The merged tensors.
+        on_overflow: Told which file is given up, and why; the others are written all the same, unless it raises.
 
     Raises:
-        GgufOverflow: A type does not hold the values.
+        GgufOverflow: A type does not hold the values, and there is no `on_overflow`.
         VerificationFailed: A merged value is not finite.
         Unavailable: The source changed while it was read (`source_changed`).
         Exception: Whatever the sinks raise.
     """
     written = [0 for _ in files]
+    given_up: set[int] = set()
+
+    def give_up(place: int, error: GgufOverflow) -> None:
+        if on_overflow is None:
+            raise error
+        if place not in given_up:
+            given_up.add(place)
+            on_overflow(place, error)
 
     def write(place: int, data: memoryview) -> None:
         sinks[place].write(data)
@@ -134,12 +152,16 @@ def write_files(files: Sequence[GgufFile], sinks: Sequence[Sink], merged: Merged
     def pad_to(place: int, start: int) -> None:
         write(place, memoryview(bytes(start - written[place])))
 
-    def hand_on(targets: Sequence[GgufTensor], is_first: bool, buffer: bytearray, sizes: Sequence[int]) -> None:
+    def hand_on(targets: Sequence[GgufTensor], is_first: bool, buffer: bytearray, put: Sequence[_Put]) -> None:
         offset = 0
-        for place, size in enumerate(sizes):
-            if is_first:
-                pad_to(place, targets[place].start)
-            write(place, memoryview(buffer)[offset : offset + size])
+        for place, size in enumerate(put):
+            if isinstance(size, GgufOverflow):
+                give_up(place, size)
+                continue
+            if place not in given_up:
+                if is_first:
+                    pad_to(place, targets[place].start)
+                write(place, memoryview(buffer)[offset : offset + size])
             offset += size
 
     for place, file in enumerate(files):
@@ -153,7 +175,8 @@ def write_files(files: Sequence[GgufFile], sinks: Sequence[Sink], merged: Merged
                 is_first = False
         pipeline.drain()
     for place, file in enumerate(files):
-        pad_to(place, file.size)
+        if place not in given_up:
+            pad_to(place, file.size)
 
 
 def _room(raw: int, scratch: int) -> _Room:
@@ -209,13 +232,18 @@ def _known(values: torch.Tensor, room: _Room) -> torch.Tensor:
 
 def _fill(
     targets: Sequence[GgufTensor], values: Callable[[_Room], torch.Tensor], buffer: bytearray, room: _Room
-) -> list[int]:
-    """Put the same rows into a buffer once for each file; the bytes of each."""
-    found, offset, sizes = values(room), 0, []
+) -> list[_Put]:
+    """Put the same rows into a buffer once for each file."""
+    found, offset, put = values(room), 0, list[_Put]()
     for target in targets:
-        sizes.append(_put(found, target, buffer, offset))
-        offset += sizes[-1]
-    return sizes
+        try:
+            size = _put(found, target, buffer, offset)
+        except GgufOverflow as error:
+            put.append(error)
+        else:
+            put.append(size)
+            offset += size
+    return put
 
 
 def _put(values: torch.Tensor, target: GgufTensor, buffer: bytearray, offset: int) -> int:

@@ -1,8 +1,8 @@
 """What llama.cpp's converter asks of a tokenizer's files that transformers 5 no longer writes.
 
 Where it reads a vocabulary from `tokenizer.model`, it learns which tokens are special, or stand for themselves, from
-the `added_tokens_decoder` of `tokenizer_config.json` alone. Without that, `<start_of_turn>` would be text. Source:
-`_create_vocab_sentencepiece` in https://github.com/ggml-org/llama.cpp/blob/master/conversion/base.py
+the `added_tokens_decoder` of `tokenizer_config.json` alone (`_create_vocab_sentencepiece` in
+https://github.com/ggml-org/llama.cpp/blob/master/conversion/base.py). Without it `<start_of_turn>` would be text.
 """
 
 import json
@@ -12,9 +12,9 @@ from dispatcher.errors import SourceError
 from exporter.documents import read_json_object
 from exporter.gemma import TOKENIZER_CONFIG
 from exporter.sidefiles import MAX_SIDE_FILE_BYTES
+from exporter.vocabulary import TOKENIZER_NAME, added_tokens
 
 DESCRIBED = "added_tokens_decoder"
-VOCABULARY = "tokenizer.json"
 
 
 def describe_added_tokens(directory: Path) -> None:
@@ -24,23 +24,20 @@ def describe_added_tokens(directory: Path) -> None:
         directory: The model's files, as laid out for the converter; a config that is a link is replaced, not followed.
 
     Raises:
-        SourceError: `side_file_invalid`: one of the two files is not what it should be.
+        SourceError: `side_file_invalid`: `tokenizer_config.json` is none.
     """
     config = directory / TOKENIZER_CONFIG
-    if not all((directory / name).is_file() for name in ("tokenizer.model", VOCABULARY, TOKENIZER_CONFIG)):
+    if not all((directory / name).is_file() for name in ("tokenizer.model", TOKENIZER_NAME, TOKENIZER_CONFIG)):
         return
-    name = TOKENIZER_CONFIG
     try:
         fields = read_json_object(config, limit=MAX_SIDE_FILE_BYTES)
-        if fields.get(DESCRIBED):
-            return
-        name = VOCABULARY
-        added = read_json_object(directory / VOCABULARY, limit=MAX_SIDE_FILE_BYTES).get("added_tokens") or []
-        described = {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in added}
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise SourceError(
-            f"{name} cannot be read: {type(error).__name__}: {error}"[:300] + ". Save the tokenizer again.",
+            f"{TOKENIZER_CONFIG} cannot be read: {str(error)[:200]}. Save the tokenizer again.",
             code="side_file_invalid",
         ) from error
-    config.unlink()
-    config.write_text(json.dumps({**fields, DESCRIBED: described}))
+    added = added_tokens(directory / TOKENIZER_NAME)
+    if added and not fields.get(DESCRIBED):
+        described = {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in added}
+        config.unlink()
+        config.write_text(json.dumps({**fields, DESCRIBED: described}))

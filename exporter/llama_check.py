@@ -50,9 +50,11 @@ LIMITS = {
 }
 """How far a file's logits may be from its model's, as a part of these, root mean squares: twice and more what tiny
 models of random weights show, which is the worst of all, since in them there is nothing but noise to be lost. Up to
-q6_k an adapter that was not applied, or twice, is further away than that. From q4 on only one that changes most of what
-the model says is; from q3 on (logits that have nothing to do with each other are 1.4 away) the limit tells another
-model's file, and no more."""
+q6_k an adapter that was not applied, or twice, is further away than that, unless it changes next to nothing. From q4 on
+only one that changes most of what the model says is; from q3 on (logits that have nothing to do with each other are 1.4
+away) the limit tells another model's file, and no more."""
+OF_EXPERTS = 2.0
+"""How much further a model with experts may be: a token on the edge between two of them goes to the other."""
 Weights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 
@@ -114,7 +116,13 @@ def check_gguf(
     }
     if reason or weights is None:
         return LlamaCheck(verified, {"compared": False, "why": reason})
-    return LlamaCheck(verified, _compare_logits(found, config, prompt, weights, LIMITS[quantization]))
+    return LlamaCheck(verified, _compare_logits(found, config, prompt, weights, limit_of(config, quantization)))
+
+
+def limit_of(config: Mapping[str, Any], quantization: str) -> float:
+    """How far a file's logits may be from its model's, see `LIMITS`."""
+    has_experts = bool((config.get("text_config") or config).get("enable_moe_block"))
+    return LIMITS[quantization] * (OF_EXPERTS if has_experts else 1)
 
 
 def _why_not_compared(config: Mapping[str, Any], whole: bool, weights: Weights | None) -> str | None:

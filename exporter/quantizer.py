@@ -13,12 +13,27 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dispatcher.errors import Unsupported
-from exporter.llama_cpp import ensure_importable
+from dispatcher.errors import NotAvailable, Unsupported
+from exporter import ggml
+from exporter.llama_cpp import SET_UP, ensure_importable, library
 
 _SIZES = re.compile(r"^\[ *\d+/ *\d+\] (?P<name>\S+) +- \[[^]]*\], type = *(?P<old>\w+), size = .*?(?P<new>\(\w+\))?$")
 _LOCK = threading.Lock()
 _MAX_MESSAGE = 1000
+
+
+def refuse_unusable() -> None:
+    """Load llama.cpp's libraries, which nothing is quantized without.
+
+    Raises:
+        NotAvailable: As `exporter.llama_cpp`; or they cannot be loaded (`llama_cpp_mismatch`).
+    """
+    ggml.load()
+    library("libllama")
+    try:
+        import llama_cpp  # noqa: F401  # it loads them as it is imported
+    except (ImportError, OSError, RuntimeError) as error:
+        raise NotAvailable(f"llama.cpp cannot be loaded: {error}. {SET_UP}", code="llama_cpp_mismatch") from error
 
 
 def file_type(quantization: str) -> int:

@@ -3,6 +3,7 @@
 Every export goes its own way otherwise, in a thread of its own: one that is cancelled, or finds no room, ends alone.
 """
 
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 from exporter.gguf_file import GgufFile, write_files
 from exporter.merge import OnBytes, Sink
 from exporter.merged_tensors import MergedTensors
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -31,6 +34,15 @@ class _Entry:
                 self.on_bytes(len(data))
             except Exception as error:  # noqa: BLE001  # raised where this export waits
                 self.error = error
+        self.refuse_idle()
+
+    def give_up(self, error: Exception) -> None:
+        """Let this export fail, and the others go on."""
+        self.error = self.error or error
+        self.refuse_idle()
+
+    def refuse_idle(self) -> None:
+        """Raise this export's error where no other goes on."""
         if self.error is not None and all(entry.error is not None for entry in self.group):
             raise self.error
 
@@ -75,17 +87,27 @@ class SharedPass:
         names = [tensor.name for tensor in entries[0].file.tensors]
         together = [entry for entry in entries if [tensor.name for tensor in entry.file.tensors] == names]
         for group in (together, *([entry] for entry in entries if entry not in together)):
-            self.passes += 1
+            self._run_group(group)
+
+    def _run_group(self, group: Sequence[_Entry]) -> None:
+        """One pass, for files of the same tensors in the same order."""
+        self.passes += 1
+        log.info("one pass over the base for %s", ", ".join(entry.file.name for entry in group))
+        for entry in group:
+            entry.group = group
+        try:
+            write_files(
+                [entry.file for entry in group],
+                group,
+                group[0].merged,
+                lambda place, error: group[place].give_up(error),
+            )
+        except Exception as error:  # noqa: BLE001  # raised where each export waits
             for entry in group:
-                entry.group = group
-            try:
-                write_files([entry.file for entry in group], group, group[0].merged)
-            except Exception as error:  # noqa: BLE001  # raised where each export waits
-                for entry in group:
-                    entry.error = entry.error or error
-            for entry in group:
-                entry.merged.deltas |= group[0].merged.deltas
-                entry.done.set()
+                entry.error = entry.error or error
+        for entry in group:
+            entry.merged.deltas |= group[0].merged.deltas
+            entry.done.set()
 
 
 class Share:

@@ -61,12 +61,14 @@ def highest_added_token(files: Mapping[str, Path]) -> int:
         with contextlib.suppress(ValueError):
             ids += [value for value in read_json_object(path, limit=MAX_ADDED_BYTES).values() if isinstance(value, int)]
     if (path := files.get(TOKENIZER_NAME)) is not None:
-        with path.open("rb") as file:
-            ids += _added_ids(file.read(_HEAD_BYTES).decode(errors="replace"))
+        ids += [token["id"] for token in added_tokens(path)]
     return max(ids)
 
 
-def _added_ids(head: str) -> list[int]:
+def added_tokens(path: Path) -> list[dict[str, Any]]:
+    """The tokens that a `tokenizer.json` lists as added, each with its `id`; none where it does not tell."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES).decode(errors="replace")
     match = re.search(r'"added_tokens"\s*:\s*', head)
     if match is None:
         return []
@@ -76,4 +78,4 @@ def _added_ids(head: str) -> list[int]:
         return []
     if not isinstance(tokens, list):
         return []
-    return [token["id"] for token in tokens if isinstance(token, dict) and isinstance(token.get("id"), int)]
+    return [token for token in tokens if isinstance(token, dict) and isinstance(token.get("id"), int)]

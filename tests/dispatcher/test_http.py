@@ -226,11 +226,33 @@ def test_an_export_is_unknown_or_someone_elses(world: World, http: httpx.Client)
     problem(http.post("/exports/bobs.merged/cancel"), 403, "not_yours")
 
 
-def test_gguf_is_501_until_it_is_built(world: World, http: httpx.Client) -> None:
-    """With the code that says so."""
+def test_a_gguf_is_queued_and_its_file_answered_when_it_is_there(world: World, http: httpx.Client) -> None:
+    """`gguf_path` is the file, not its directory."""
     world.job()
     body = {"job_id": "job", "export_type": "gguf", "quantization": "q4_k_m"}
-    problem(http.post("/export", json=body), 501, "gguf_not_available")
+    response = http.post("/export", json=body)
+    assert response.status_code == 202
+    assert response.headers["Location"] == "/exports/job.gguf.q4_k_m"
+    assert "gguf_path" not in response.json()
+    world.queue.deliver_all(world.trigger)
+    world.claim("job.gguf.q4_k_m")
+    made = world.complete("job.gguf.q4_k_m")
+    response = http.post("/export", json=body)
+    assert response.status_code == 200
+    assert response.json()["gguf_path"] == f"{made.artifacts[0].uri}/model-Q4_K_M.gguf"
+    assert http.get("/exports/job.gguf.q4_k_m").json()["quantization"] == "q4_k_m"
+
+
+@pytest.mark.parametrize(
+    ("quantization", "said"), [("iq2_xs", "ask for q2_k"), ("iq3_xxs", "ask for q3_k_s"), ("q9_9", "'iq4_xs'")]
+)
+def test_a_quantization_that_is_not_made_is_refused_with_one_that_is(
+    world: World, http: httpx.Client, quantization: str, said: str
+) -> None:
+    """By name, where it would need an importance matrix; of another, the ones that are made are listed."""
+    world.job()
+    body = {"job_id": "job", "export_type": "gguf", "quantization": quantization}
+    assert said in problem(http.post("/export", json=body), 400, "invalid_request")["detail"]
 
 
 def test_nobody_gets_in_without_an_identity(world: World) -> None:

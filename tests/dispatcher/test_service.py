@@ -12,7 +12,6 @@ from dispatcher.errors import (
     ExportError,
     Forbidden,
     JobNotCompleted,
-    NotAvailable,
     NotFound,
     TokenExpired,
     TooManyExports,
@@ -134,12 +133,13 @@ def test_an_unknown_job_is_not_found(world: World) -> None:
     assert refusal.value.error_code == "job_not_found"
 
 
-def test_gguf_is_not_available_yet(world: World) -> None:
-    """501 until it is built, but only for one's own job."""
+def test_a_gguf_is_recorded_with_its_quantization(world: World) -> None:
+    """Several of one job are exports of their own; and only the owner gets any."""
     world.job()
-    with pytest.raises(NotAvailable) as refusal:
-        world.submit(export_type="gguf")
-    assert refusal.value.error_code == "gguf_not_available"
+    assert world.submit(export_type="gguf").quantization == "q8_0"
+    assert world.submit(export_type="gguf", quantization="q4_k_m").export_id == "job.gguf.q4_k_m"
+    assert world.record("job.gguf.q4_k_m").quantization == "q4_k_m"
+    assert world.record("job.gguf.q8_0").state is State.QUEUED
     with pytest.raises(Forbidden):
         world.submit(export_type="gguf", user="bob")
 

@@ -186,16 +186,20 @@ class World:
 
     def complete(self, export_id: str = "job.merged") -> ExportRecord:
         """What the exporter does last."""
-        version = self.record(export_id).force_nonce or "v1"
-        directory = f"merged_models/{export_id}/{version}"
-        manifest = {"files": [{"name": "model.safetensors", "bytes": 7, "crc32c": "AAAAAA=="}]}
-        for name, content in (("model.safetensors", b"weights"), ("export.json", json.dumps(manifest).encode())):
+        found = self.record(export_id)
+        version = found.force_nonce or "v1"
+        is_gguf = found.export_type is ExportType.GGUF
+        directory = f"{'gguf_models' if is_gguf else 'merged_models'}/{export_id}/{version}"
+        file = f"model-{str(found.quantization).upper()}.gguf" if is_gguf else "model.safetensors"
+        manifest = {"files": [{"name": file, "bytes": 7, "crc32c": "AAAAAA=="}]}
+        for name, content in ((file, b"weights"), ("export.json", json.dumps(manifest).encode())):
             writer = self.artifacts.create(f"{directory}/{name}")
             writer.write(content)
             writer.commit()
         artifact = Artifact(
-            kind=ExportType.MERGED,
+            kind=found.export_type,
             uri=self.artifacts.uri(directory),
+            file=self.artifacts.uri(f"{directory}/{file}") if is_gguf else None,
             version=version,
             bytes=7,
             files=1,

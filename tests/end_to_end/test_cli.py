@@ -93,7 +93,7 @@ def test_an_export_that_fails_says_why(laptop: Laptop) -> None:
     [
         (("export", "unknown", "--type", "merged"), "job_not_found"),
         (("export", "../job", "--type", "merged"), "invalid_request"),
-        (("export", "job", "--type", "gguf"), "gguf_not_available"),
+        (("export", "job", "--type", "gguf", "--quantization", "iq2_xs"), "invalid_request"),
         (("export", "job", "--type", "merged", "--quantization", "q8_0"), "invalid_request"),
         (("export", "job", "--type", "merged", "--user", "bob"), "not_yours"),
         (("export", "job", "--type", "merged", "--url", "http://127.0.0.1:9"), "unavailable"),

@@ -1,5 +1,7 @@
-"""Runs the recipe of a merged model in this process, on real directories."""
+"""Runs the recipes of a merged model and of a GGUF in this process, on real directories."""
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,10 @@ from dispatcher.artifacts import ArtifactStore, path_of
 from dispatcher.contract import ExportRecord, ExportType, State, TrainingJob
 from dispatcher.local_artifacts import LocalArtifacts
 from exporter.artifact import Result
+from exporter.gguf_export import export_gguf
 from exporter.making import Checks
 from exporter.merged import export_merged
+from exporter.shared_pass import Share, SharedPass
 
 QUICK = Checks(logits=False)
 """Without the logits, which take a whole model or two; they have tests of their own."""
@@ -79,6 +83,60 @@ def export(
         hold=Undisturbed(),
         checks=checks,
     )
+
+
+def gguf_record(quantization: str, **fields: object) -> ExportRecord:
+    """The record of `job-1.gguf.{quantization}`, queued."""
+    export_id = f"job-1.gguf.{quantization}"
+    return merged_record(export_id=export_id, export_type=ExportType.GGUF, quantization=quantization, **fields)
+
+
+def export_gguf_of(
+    base: Path | str,
+    adapter: Path | str,
+    store: Path | ArtifactStore,
+    quantizations: Sequence[str] = ("q8_0",),
+    *,
+    engine: str = "auto",
+    shared: SharedPass | None = None,
+    **document: Any,
+) -> list[Result]:
+    """Export base + adapter as GGUF, in all quantizations at once, as a job does; arguments as of `export`.
+
+    Args:
+        shared: The pass that they share; by default one of just these.
+
+    Raises:
+        ExportError: As `export_gguf`, of the first that failed, when all have ended.
+    """
+    shared = shared or SharedPass(len(quantizations))
+    artifacts = LocalArtifacts(store) if isinstance(store, Path) else store
+    job = TrainingJob.from_document("job-1", {**training_document(base, adapter), **document})
+
+    def run(quantization: str) -> Result:
+        share = Share(shared)
+        try:
+            return export_gguf(
+                artifacts,
+                job,
+                gguf_record(quantization),
+                engine=engine,
+                token=lambda: None,
+                hold=Undisturbed(),
+                checks=QUICK,
+                share=share,
+            )
+        finally:
+            share.leave()
+
+    with ThreadPoolExecutor(len(quantizations)) as pool:
+        return list(pool.map(run, quantizations))
+
+
+def file_of(result: Result) -> Path:
+    """The GGUF of a finished export in a directory."""
+    assert result.artifact.file is not None
+    return path_of(result.artifact.file)
 
 
 def merged_into(base: Path | str, adapter: Path, store: Path, *, engine: str = "streaming", **document: Any) -> Path:

@@ -26,19 +26,25 @@ EXPORT = "job-1.merged"
 
 
 class Place:
-    """A laptop's stores with one completed training job in them."""
+    """A laptop's stores with one completed training job in them.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: Where they are.
+        models: Where the job's `base` and `adapter` lie; by default in `root`, where they are made.
+    """
+
+    def __init__(self, root: Path, models: Path | None = None) -> None:
         self.root = root
         self.records = SqliteRecords(root / "records.db")
         self.artifacts = LocalArtifacts(root / "artifacts")
         self.tokens = FileTokens(root / "tokens")
         self.stop = threading.Event()
         self.stores = Stores(self.records, self.artifacts, self.tokens, lease_seconds=60, max_attempts=3, checks=QUICK)
-        model = save_base("gemma3_text", root / "base")
-        make_adapter("gemma3_text", model, root / "adapter")
-        document = training_document(root / "base", "")
-        document["artifacts"] = {"raw": {"adapter": str(root / "adapter")}, "kept": 1}
+        if models is None:
+            models = root
+            make_adapter("gemma3_text", save_base("gemma3_text", root / "base"), root / "adapter")
+        document = training_document(models / "base", "")
+        document["artifacts"] = {"raw": {"adapter": str(models / "adapter")}, "kept": 1}
         assert self.records.put_job("job-1", document)
 
     def queue(self, **fields: object) -> ExportRecord:
@@ -56,8 +62,8 @@ class Place:
         wanted = Order(job_id="job-1", execution=f"test-{secrets.token_hex(3)}")
         return run_job(replace(wanted, **order), self.stores, self.stop)  # type: ignore[arg-type]  # fields by name
 
-    def record_change(self, to: State, by: Actor) -> None:
-        update(self.records, EXPORT, lambda record: transition(record, to, by=by, now=utc_now()))
+    def record_change(self, to: State, by: Actor, export_id: str = EXPORT) -> None:
+        update(self.records, export_id, lambda record: transition(record, to, by=by, now=utc_now()))
 
     def leased(self, owner: str, seconds: int) -> None:
         """Let someone else claim the export; negative seconds are a lease that has run out."""
@@ -73,8 +79,8 @@ class Place:
         """Ask again, as an operator or a caller does."""
         self.record_change(State.QUEUED, Actor.OPERATOR)
 
-    def record(self) -> ExportRecord:
-        record = self.records.get_export(EXPORT)
+    def record(self, export_id: str = EXPORT) -> ExportRecord:
+        record = self.records.get_export(export_id)
         assert record is not None
         return record
 
