@@ -274,8 +274,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     comparer.add_argument("--json", action="store_true", dest="as_json")
     options = parser.parse_args(arguments)
 
+    import torch
     import transformers
 
+    torch.set_num_threads(1)  # matrices this small are done before a second thread has begun
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

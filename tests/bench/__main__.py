@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,72 +12,46 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tests.bench import gguf
+from tests.bench.commands import MIB, Bench, Results, mib, peak, seconds
 from tests.bench.inputs import SIZES, prepare, prepare_tiny
-from tests.bench.measure import Measurement, measured
+from tests.bench.measure import Measurement
 
-CLI = (sys.executable, "-c", "from dispatcher.cli import main; main()")
-JOB_ID = "bench"
 COPY, OURS, PEFT = "cp -r", "gemma-export", "PEFT merge + save"
-MIB = 2**20
+FORMATS = ("merged", "gguf")
 SAMPLE = 25
 """Of how many tensors one is compared with PEFT's, after the first run."""
-Results = dict[str, dict[str, list[Measurement]]]
-
-
-class Bench:
-    """The commands over one working directory, whose `out` is emptied before each."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.home, self.copied, self.by_peft = (root / "out" / name for name in ("home", "copied", "peft"))
-        self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GEMMA_EXPORT_HOME": str(self.home)}
-
-    def clear(self) -> None:
-        shutil.rmtree(self.root / "out", ignore_errors=True)
-        (self.root / "out").mkdir(parents=True)
-
-    def copy(self, base: Path, adapter: Path) -> Measurement:
-        return measured(["cp", "-r", str(base), str(self.copied)], self.environment)
-
-    def export(self, base: Path, adapter: Path) -> Measurement:
-        """This engine, from the command line to the finished record, in a state of its own."""
-        registration = [*CLI, "register", "--base", str(base), "--adapter", str(adapter), "--job-id", JOB_ID]
-        subprocess.run(registration, env=self.environment, check=True, stdout=subprocess.DEVNULL)
-        return measured([*CLI, "export", JOB_ID, "--type", "merged", "--json"], self.environment)
-
-    def peft(self, base: Path, adapter: Path) -> Measurement:
-        command = [sys.executable, "-m", "tests.bench.peft_merge", str(base), str(adapter), str(self.by_peft)]
-        return measured(command, self.environment)
-
-    def exported(self) -> Path:
-        """Where the finished export lies."""
-        (version,) = (self.home / "artifacts" / "merged_models" / JOB_ID).iterdir()
-        return version
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="1b,4b", help=f"comma-separated, of {', '.join(SIZES)}")
+    parser.add_argument("--formats", default=",".join(FORMATS), help=f"comma-separated, of {', '.join(FORMATS)}")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--skip-peft", action="store_true")
+    parser.add_argument("--skip-peft", action="store_true", help="measure nothing but this engine, and cp")
     parser.add_argument("--root", type=Path, default=Path(".bench"), help="inputs stay here (about 10 GB)")
     options = parser.parse_args()
-    names = options.sizes.split(",")
+    names, formats = options.sizes.split(","), options.formats.split(",")
     if unknown := [name for name in names if name not in SIZES]:
         parser.error(f"no such size: {', '.join(unknown)}")
+    if unknown := [name for name in formats if name not in FORMATS]:
+        parser.error(f"no such format: {', '.join(unknown)}")
 
     console = Console(highlight=False)
     root = options.root.absolute()
     bench = Bench(root)
-    inputs = {"tiny": prepare_tiny(root)}
+    inputs = {}
     for name in names:
         with console.status(f"writing the {name} base"):
             inputs[name] = prepare(SIZES[name], root)
-    results = _measure(bench, inputs, options.runs, options.skip_peft, console)
+    if "merged" in formats:
+        results = _measure(bench, {"tiny": prepare_tiny(root), **inputs}, options.runs, options.skip_peft, console)
+        _print_medians(console, results)
+        _print_goals(console, results)
+        _print_stages(console, results)
+    if "gguf" in formats:
+        gguf.show(console, gguf.measure(bench, inputs, options.runs, options.skip_peft, console))
     bench.clear()
-    _print_medians(console, results)
-    _print_goals(console, results)
-    _print_stages(console, results)
     return 0
 
 
@@ -89,7 +61,7 @@ def _measure(
     results: Results = {name: {} for name in inputs}
     for run in range(1, runs + 1):
         for name, (base, adapter) in inputs.items():
-            commands: dict[str, Callable[[Path, Path], Measurement]] = {OURS: bench.export}
+            commands: dict[str, Callable[[Path, Path], Measurement]] = {OURS: bench.export_merged}
             if name != "tiny":
                 commands = {COPY: bench.copy, **commands} | ({} if skip_peft else {PEFT: bench.peft})
             bench.clear()
@@ -97,7 +69,7 @@ def _measure(
                 with console.status(f"run {run} of {runs}: {name}, {label}"):
                     result = command(base, adapter)
                 results[name].setdefault(label, []).append(result)
-                console.print(f"run {run}  {name:5} {label:18} {result.seconds:7.2f} s  {_mib(result.peak_bytes)}")
+                console.print(f"run {run}  {name:5} {label:18} {result.seconds:7.2f} s  {mib(result.peak_bytes)}")
                 if label == COPY:
                     shutil.rmtree(bench.copied)
             if run == 1 and PEFT in commands:
@@ -141,7 +113,7 @@ def _print_medians(console: Console, results: Results) -> None:
     for name, by_label in results.items():
         for label, runs in by_label.items():
             each = " ".join(f"{run.seconds:.2f}" for run in runs)
-            table.add_row(name, label, f"{_seconds(runs):.2f}", each, _mib(_peak(runs)))
+            table.add_row(name, label, f"{seconds(runs):.2f}", each, mib(peak(runs)))
     console.print(table)
 
 
@@ -152,18 +124,18 @@ def _print_goals(console: Console, results: Results) -> None:
         mark = "[green]reached[/]" if value <= goal else "[red]missed[/]"
         table.add_row(what, f"{value:.2f}{unit}", f"at most {goal:g}{unit}", mark)
 
-    row("tiny model, submit to finished record", _seconds(results["tiny"][OURS]), 3, " s")
+    row("tiny model, submit to finished record", seconds(results["tiny"][OURS]), 3, " s")
     for name in [name for name in results if PEFT in results[name]]:
-        ratio = _seconds(results[name][OURS]) / _seconds(results[name][PEFT])
+        ratio = seconds(results[name][OURS]) / seconds(results[name][PEFT])
         row(f"{name}: wall, relative to PEFT's", ratio, 0.3, " x")
     if "1b" in results:
-        row("1b: peak RSS", _peak(results["1b"][OURS]) / MIB, 600, " MiB")
+        row("1b: peak RSS", peak(results["1b"][OURS]) / MIB, 600, " MiB")
     if {"1b", "4b"} <= results.keys():
         ours, copy = _slope(results, OURS), _slope(results, COPY)
         table.add_row("cp -r: slope from 1b to 4b", f"{copy:.2f} s/GB", "", "")
         table.add_row("gemma-export: slope from 1b to 4b", f"{ours:.2f} s/GB", "", "")
         row("slope, relative to cp's", ours / copy, 2, " x")
-        row("peak RSS, 4b relative to 1b", _peak(results["4b"][OURS]) / _peak(results["1b"][OURS]), 1.1, " x")
+        row("peak RSS, 4b relative to 1b", peak(results["4b"][OURS]) / peak(results["1b"][OURS]), 1.1, " x")
     console.print(table)
 
 
@@ -174,26 +146,14 @@ def _print_stages(console: Console, results: Results) -> None:
         summaries = [json.loads(run.output.splitlines()[-1])["summary"] for run in by_label[OURS]]
         work = median(summary["wall_seconds"] for summary in summaries)
         peak = max(summary["peak_rss_bytes"] for summary in summaries)
-        table.add_row(name, f"{_seconds(by_label[OURS]):.2f} s", f"{work:.2f} s", _mib(peak))
+        table.add_row(name, f"{seconds(by_label[OURS]):.2f} s", f"{work:.2f} s", mib(peak))
     console.print(table)
 
 
 def _slope(results: Results, label: str) -> float:
     """Seconds per further gigabyte, so that start-up drops out."""
-    seconds = _seconds(results["4b"][label]) - _seconds(results["1b"][label])
-    return seconds / (SIZES["4b"].gigabytes - SIZES["1b"].gigabytes)
-
-
-def _seconds(runs: list[Measurement]) -> float:
-    return median(run.seconds for run in runs)
-
-
-def _peak(runs: list[Measurement]) -> int:
-    return max(run.peak_bytes for run in runs)
-
-
-def _mib(size: int) -> str:
-    return f"{size / MIB:.0f} MiB"
+    more = seconds(results["4b"][label]) - seconds(results["1b"][label])
+    return more / (SIZES["4b"].gigabytes - SIZES["1b"].gigabytes)
 
 
 if __name__ == "__main__":

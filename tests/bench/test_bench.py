@@ -41,6 +41,21 @@ def test_the_peak_is_that_of_the_largest_process_below() -> None:
     assert result.seconds > 0.3
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="what was written is read from /proc")
+def test_what_was_written_counts_even_when_it_is_gone(tmp_path: Path) -> None:
+    """And a hole in a file does not."""
+    child = (
+        "import os, time\n"
+        "with open('gone', 'wb') as file: file.write(bytes(30_000_000))\n"
+        "os.remove('gone')\n"
+        "with open('hole', 'wb') as file: file.truncate(10**9)\n"
+        "time.sleep(0.3)\n"
+    )
+    command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], cwd={str(tmp_path)!r})"
+    result = measured([sys.executable, "-c", command], dict(os.environ))
+    assert 30_000_000 <= result.written_bytes < 40_000_000
+
+
 def test_a_command_that_fails_is_no_measurement() -> None:
     with pytest.raises(RuntimeError, match="ended with 3"):
         measured([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ))
