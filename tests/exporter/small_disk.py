@@ -11,7 +11,8 @@ import pytest
 def run_with_small_disk(
     command: Sequence[str], at: Path, options: str, environment: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program with a file system of its own mounted in a place; its output ends with what it leaves there.
+    """Run a program with a file system of its own mounted in a place; its output ends with the names of
+    the files that it leaves there.
 
     Args:
         command: What to run.
@@ -24,7 +25,7 @@ def run_with_small_disk(
     if probe.returncode != 0:
         assert not os.environ.get("CI"), f"CI must run this test: {probe.stderr.decode()}"
         pytest.skip("this machine allows no mount in a namespace of its own")
-    script = f"{mount} && \"$@\"; code=$?; find '{at}' -mindepth 1; exit $code"
+    script = f"{mount} && \"$@\"; code=$?; find '{at}' ! -type d; exit $code"
     return subprocess.run(
         ["unshare", "-rm", "sh", "-c", script, "sh", *command],  # noqa: S607
         env=dict(environment),

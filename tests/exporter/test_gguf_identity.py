@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 
 from dispatcher.contract import QUANTIZATIONS
 from dispatcher.gcs_artifacts import GcsArtifacts
@@ -125,12 +126,21 @@ def test_a_gemma3n_saved_without_its_shared_tensors_is_converted_all_the_same(tm
 
 
 @pytest.mark.full
-def test_a_full_fine_tune_is_the_one_of_the_routes_last_steps(tmp_path: Path) -> None:
-    """Nothing is merged into it."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+def test_a_full_fine_tune_is_the_one_of_the_routes_last_steps(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Nothing is merged into it; and what it has beyond bfloat16 is lost in quantizing as it is there, not in f32."""
     model = llama_base("gemma3_text", tmp_path / NAME)
-    theirs = quantized(converted(model, tmp_path / "whole.gguf", "bf16"), "q4_k_m")
-    (made,) = export_gguf_of(f"/nowhere/{NAME}", model, tmp_path / "store", ["q4_k_m"])
-    assert differences(file_of(made), theirs) == []
+    path, generator = model / "model.safetensors", torch.Generator().manual_seed(0)
+    tensors = {
+        name: (tensor.float() * (1 + torch.rand(tensor.shape, generator=generator) / 300)).to(dtype)
+        for name, tensor in safetensors.torch.load_file(path).items()
+    }
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    *made, exact = export_gguf_of(f"/nowhere/{NAME}", model, tmp_path / "store", [*SOME, "f32"])
+    whole = converted(model, tmp_path / "whole.gguf", "bf16")
+    assert [differences(file_of(one), quantized(whole, kind)) for one, kind in zip(made, SOME, strict=True)] == [[]] * 3
+    whole = converted(model, tmp_path / "f32.gguf", "f32")
+    assert read(file_of(exact))["tensors"] == read(whole)["tensors"]
 
 
 def test_a_full_fine_tune_in_a_bucket_is_converted_as_one_in_a_directory(tmp_path: Path, storage_server: str) -> None:
