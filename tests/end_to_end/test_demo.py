@@ -1,6 +1,7 @@
 """The demonstration shows what it claims, and would not show it of a model that was not merged."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,16 @@ def test_the_demo_leaves_a_gguf_that_recites_in_llama_cpp(shown: Path) -> None:
     logits = manifest["run"]["logits"]
     assert logits["compared"]
     assert 0 < logits["relative_rms_difference"] < logits["relative_rms_limit"]
+
+
+@together
+def test_the_command_line_prints_the_file_of_a_gguf(shown: Path) -> None:
+    """Asked for again, it is there already."""
+    environment = {**os.environ, "GEMMA_EXPORT_HOME": str(shown / "home")}
+    command = [*demo.CLI, "export", demo.JOB_ID, "--type", "gguf", "--quantization", demo.QUANTIZATION]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    (file,) = (shown / "home/artifacts/gguf_models/demo").glob("*/*-Q8_0.gguf")
+    assert done.stdout == f"{file}\n"
 
 
 @together
