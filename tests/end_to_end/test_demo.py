@@ -102,6 +102,7 @@ def test_the_cloud_demo_shows_request_rerun_and_replay(tmp_path: Path, capfd: py
     said = capfd.readouterr().out
     assert "It works." in said
     assert "could_not_start" in said
+    assert "llama.cpp says: Nothing is lost" in said
 
 
 def _compared(directory: Path, merged: Path) -> tuple[int, dict[str, Any]]:
