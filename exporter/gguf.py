@@ -144,9 +144,9 @@ def _as_local_file(attempt: Attempt, file: GgufFile, scratch: Path) -> Iterator[
 
 
 def _weights(merged: MergedTensors, checks: Checks) -> Weights | None:
-    """All merged tensors, where a model of them in float32 fits the memory budget and is asked for."""
+    """All merged tensors, where they and a model of them in float32 fit the memory budget, and it is asked for."""
     elements = sum(math.prod(output.tensor.shape) for output in merged.outputs.values())
-    if not checks.logits or 4 * elements > checks.memory_budget:
+    if not checks.logits or 6 * elements > checks.memory_budget:
         return None
     return lambda: ((name, merged.read(name)) for name in merged.outputs)
 

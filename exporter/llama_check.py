@@ -48,8 +48,8 @@ LIMITS = {
     "q3_k_s": 1.0,
     "q2_k": 1.2,
 }
-"""How far a file's logits may be from its model's, as a part of these, root mean squares: twice and more what tiny
-models of random weights show, which is the worst of all, since in them there is nothing but noise to be lost. Up to
+"""How far a file's logits may be from its model's, as a part of these, root mean squares: about twice what tiny models
+of random weights show, or more. They are the worst case, since in them there is nothing but noise to be lost. Up to
 q6_k an adapter that was not applied, or twice, is further away than that, unless it changes next to nothing. From q4 on
 only one that changes most of what the model says is; from q3 on (logits that have nothing to do with each other are 1.4
 away) the limit tells another model's file, and no more."""

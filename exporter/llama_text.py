@@ -69,7 +69,7 @@ class Text:
         for special, lines, found in ((False, LINES, answer["plain"]), (True, self.lines(), answer["special"])):
             for line, ids in zip(lines, found, strict=True):
                 expected = self.ids(line, special=special)
-                if ids != expected and SPACE in line:
+                if ids != expected and SPACE in line and not self._is_gemma4:
                     known["U+2581"] += 1
                 elif ids != expected:
                     _differ(f"{line[:80]!r} becomes", ids, expected)
