@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from dispatcher.client import HttpClient
-from dispatcher.demo import compare, export, followed, judge, register, step, train, typed
+from dispatcher.demo import QUANTIZATION, compare, export, followed, judge, recite, register, step, train, typed
 from dispatcher.errors import ExportError
 from dispatcher.runner import open_runner
 from infra.local.cloud import BUCKET, JOB, PROJECT, REGION, Cloud, gateway_header, local_cloud
@@ -31,7 +31,7 @@ WAIT_SECONDS = 90
 
 
 def main() -> int:
-    """Show it in a temporary directory; 0 when the merged model recites what only the adapter knew."""
+    """Show it in a temporary directory; 0 when merged model and GGUF recite what only the adapter knew."""
     with tempfile.TemporaryDirectory(prefix="gemma-export-demo-cloud-") as temporary:
         try:
             run(Path(temporary))
@@ -54,29 +54,33 @@ def run(directory: Path) -> None:
     with local_cloud(directory, settings={"HF_HUB_OFFLINE": "1"}) as cloud:
         client = HttpClient(cloud.url, headers=gateway_header(USER))
         try:
-            merged = _exported(console, cloud, client, directory)
+            merged, gguf = _exported(console, cloud, client, directory)
             _rerun(console, cloud)
             _replayed(console, cloud, client)
         finally:
             client.close()
-        step(console, "6/6", "the merged model is downloaded, and all three are asked the same question")
+        step(console, "6/6", "merged model and GGUF are downloaded, and all are asked the same question")
         compare(directory, _downloaded(console, merged, directory / "merged"), cloud.environment)
+        (file,) = _downloaded(console, gguf, directory / "gguf").glob("*.gguf")
+        recite(file, cloud.environment)
     console.print(f"\n[green]It works.[/] {time.monotonic() - started:.0f} s in all.")
 
 
-def _exported(console: Console, cloud: Cloud, client: HttpClient, directory: Path) -> list[dict[str, str]]:
+def _exported(console: Console, cloud: Cloud, client: HttpClient, directory: Path) -> list[list[dict[str, str]]]:
+    """Train and export; the downloads of merged model and GGUF."""
     step(console, "2/6", "a tiny Gemma 3 learns one sentence, by LoRA; adapter and job are stored as a platform does")
     train(console, directory, cloud.environment)
     adapter = _uploaded(directory / "adapter")
     for job_id in (FIRST, SECOND):
         register(console, job_id, directory / "base", adapter, cloud.environment)
-    step(console, "3/6", "two exports are asked for, as API Gateway would pass it on")
+    step(console, "3/6", "three exports are asked for, as API Gateway would pass it on")
     export(console, client, cloud.url, FIRST, "adapter")
     export(console, client, cloud.url, FIRST, "merged")
-    status = client.status(f"{FIRST}.merged")
-    console.print(f"     execution {cloud.run.executions[0]}, attempt {status['attempt']}, log {status['log_uri']}")
-    downloads: list[dict[str, str]] = status["downloads"]
-    return downloads
+    export(console, client, cloud.url, FIRST, "gguf", QUANTIZATION)
+    found = [client.status(f"{FIRST}.{kind}") for kind in ("merged", f"gguf.{QUANTIZATION}")]
+    for execution, status in zip(cloud.run.executions, found, strict=True):
+        console.print(f"     execution {execution}, attempt {status['attempt']}, log {status['log_uri']}")
+    return [status["downloads"] for status in found]
 
 
 def _rerun(console: Console, cloud: Cloud) -> None:

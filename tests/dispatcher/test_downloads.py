@@ -10,7 +10,7 @@ from urllib.request import urlopen
 import pytest
 
 from dispatcher import answers
-from dispatcher.artifacts import SMALL_FILE_LIMIT
+from dispatcher.artifacts import SMALL_FILE_LIMIT, path_of
 from dispatcher.downloads import MAX_FILES, RETRY_AFTER, DownloadLinks, Downloads
 from dispatcher.errors import Unavailable
 from dispatcher.local_artifacts import LocalArtifacts
@@ -91,6 +91,20 @@ def test_the_status_over_http_has_downloads_and_a_listing_has_none(world: World)
         (listed,) = http.get("/exports").json()["exports"]
     assert [file["name"] for file in status["downloads"]] == ["export.json", "model.safetensors"]
     assert not listed.keys() & {"downloads", "downloads_expire_at"}
+
+
+def test_a_gguf_is_offered_with_all_that_lies_beside_it(world: World) -> None:
+    """`gguf_path` is the one file, and a download of its own."""
+    world.job()
+    world.submit(export_type="gguf")
+    world.queue.deliver_all(world.trigger)
+    world.claim("job.gguf.q8_0")
+    record = world.complete("job.gguf.q8_0")
+    answer = answers.status(record, world.clock(), world.service.downloads(record))
+    files = {file["name"]: file for file in answer["downloads"]}
+    assert list(files) == ["export.json", "model-Q8_0.gguf"]
+    assert answer["gguf_path"] == files["model-Q8_0.gguf"]["url"]
+    assert path_of(answer["gguf_path"]).read_bytes() == b"weights"
 
 
 def test_an_adapter_is_told_by_what_lies_there(world: World) -> None:

@@ -1,6 +1,7 @@
 """The demonstration shows what it claims, and would not show it of a model that was not merged."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,16 @@ def test_the_demo_leaves_a_gguf_that_recites_in_llama_cpp(shown: Path) -> None:
 
 
 @together
+def test_the_command_line_prints_the_file_of_a_gguf(shown: Path) -> None:
+    """Asked for again, it is there already."""
+    environment = {**os.environ, "GEMMA_EXPORT_HOME": str(shown / "home")}
+    command = [*demo.CLI, "export", demo.JOB_ID, "--type", "gguf", "--quantization", demo.QUANTIZATION]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    (file,) = (shown / "home/artifacts/gguf_models/demo").glob("*/*-Q8_0.gguf")
+    assert done.stdout == f"{file}\n"
+
+
+@together
 def test_a_gguf_that_was_not_merged_fails_the_demo(shown: Path, tmp_path: Path) -> None:
     file = tmp_path / "base.gguf"
     converter = llama_cpp.home() / "convert_hf_to_gguf.py"
@@ -91,6 +102,7 @@ def test_the_cloud_demo_shows_request_rerun_and_replay(tmp_path: Path, capfd: py
     said = capfd.readouterr().out
     assert "It works." in said
     assert "could_not_start" in said
+    assert "llama.cpp says: Nothing is lost" in said
 
 
 def _compared(directory: Path, merged: Path) -> tuple[int, dict[str, Any]]:
