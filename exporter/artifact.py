@@ -67,15 +67,19 @@ class Work:
     hold: Hold
     started: float = field(default_factory=time.monotonic)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the adapter as it was listed."""
+        return fingerprint_of([(file.name, file.size, file.crc32c) for file in self.adapter_files])
+
     def identity(self, base_id: str, base_revision: str, engine: str, engine_version: str) -> Identity:
         """What decides the artifact's bytes."""
-        facts = [(file.name, file.size, file.crc32c) for file in self.adapter_files]
         return Identity(
             export_type=self.record.export_type,
             quantization=self.record.quantization,
             base_id=base_id,
             base_revision=base_revision,
-            adapter_fingerprint=fingerprint_of(facts),
+            adapter_fingerprint=self.fingerprint,
             engine=engine,
             engine_version=engine_version,
             nonce=self.record.force_nonce,

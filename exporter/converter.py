@@ -89,7 +89,7 @@ def convert(directory: Path, tensors: Mapping[str, Stored], read: Read, *, proje
         logging.getLogger(name).setLevel(logging.CRITICAL)
     kind = conversion.ModelType.MMPROJ if projector else conversion.ModelType.TEXT
     file_type = gguf.LlamaFileType.MOSTLY_F16 if projector else gguf.LlamaFileType.MOSTLY_BF16
-    refusals: tuple[type[Exception], ...] = (AssertionError, IndexError, *library_errors())
+    refusals: tuple[type[Exception], ...] = (AssertionError, ArithmeticError, IndexError, *library_errors())
     try:
         with _LOCK, quiet(), torch.inference_mode():
             hparams = conversion.ModelBase.load_hparams(directory, False)

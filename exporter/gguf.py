@@ -41,6 +41,7 @@ from exporter.shared_pass import Share
 from exporter.sources import MAX_CONFIG_BYTES
 
 log = logging.getLogger(__name__)
+WAIT_SECONDS = 0.5
 _RUNNING = threading.Lock()
 """Held by the one export whose file runs in llama.cpp: several at once would take as many memory budgets."""
 VERSION = "1"
@@ -62,6 +63,8 @@ class Model:
     """The files beside the weights, by name"""
     template: bytes | None
     """The chat template, where it is not among them"""
+    origin: str
+    """Which base at which revision, and which adapter: what a shared pass may write the files of"""
 
 
 def version() -> str:
@@ -91,7 +94,7 @@ def make_gguf(attempt: Attempt, model: Model, quantization: str, report: Report,
     fed = language_tensors(outputs, family, model_type, model.config)
     towers = projector_tensors(outputs, family, model_type)
     _refuse_left_out(model.plan, {stored.source for stored in (*fed.values(), *towers.values())})
-    with _laid_out(model) as directory, MergedTensors(model.plan, model.adapter) as merged:
+    with _laid_out(model) as directory, MergedTensors(model.plan, model.adapter, model.origin) as merged:
         report("converting", WRITE_FROM / 2)
         converted = convert(directory, fed, merged.read)
         file = _quantized(converted, directory, model.name, quantization)
@@ -103,7 +106,7 @@ def make_gguf(attempt: Attempt, model: Model, quantization: str, report: Report,
             refuse_unchanged(merged.deltas)
         report("verifying", WRITE_TO)
         verified = verify_gguf(attempt.store, attempt.directory, file, files[0], merged)
-        with _RUNNING, _as_local_file(attempt, file, directory.parent) as path:
+        with _running_alone(report), _as_local_file(attempt, file, directory.parent) as path:
             checked = check_gguf(
                 path,
                 directory,
@@ -127,7 +130,20 @@ def make_gguf(attempt: Attempt, model: Model, quantization: str, report: Report,
     files.append(attempt.publish(MODELFILE_NAME, lambda writer: writer.write(text), size=len(text)))
     verified |= {"llama_cpp": checked.verified}
     logits = checked.logits if checks.logits else {"compared": False, "why": "switched off (VERIFY_LOGITS)"}
+    logits |= {"loaded": checked.loaded}
     return Made(files, tensors, verified, model.config, logits, has_template=converted.chat_template is not None)
+
+
+@contextmanager
+def _running_alone(report: Report) -> Iterator[None]:
+    """Waits for other exports of this process that run a file in llama.cpp; what `report` raises ends the wait."""
+    while not _RUNNING.acquire(timeout=WAIT_SECONDS):
+        report("verifying", WRITE_TO)
+    try:
+        report("verifying", WRITE_TO)
+        yield
+    finally:
+        _RUNNING.release()
 
 
 @contextmanager
@@ -207,6 +223,7 @@ def _laid_out(model: Model) -> Iterator[Path]:
                 (directory / name).parent.mkdir(exist_ok=True)
                 (directory / name).symlink_to(source.resolve())
             if model.template is not None:
+                (directory / TEMPLATE_FILE).unlink(missing_ok=True)  # a link would lead to somebody's own file
                 (directory / TEMPLATE_FILE).write_bytes(model.template)
             describe_added_tokens(directory)
             yield directory

@@ -101,7 +101,8 @@ def _of_adapter(work: Work, base: Base, checks: Checks, share: Share) -> Result:
             refuse_not_finite(adapter.file)
             beside = side_files(base.directory, adapter_dir)
             template = inner_template(base.directory, adapter_dir)
-            model = Model(slug(base.model_id), plan, adapter, config, beside, template)
+            origin = " ".join((base.model_id, base.revision, work.fingerprint))
+            model = Model(slug(base.model_id), plan, adapter, config, beside, template, origin)
             return make_gguf(attempt, model, quantization(work.record), work.hold.report, checks, share)
 
     history = History(
@@ -129,7 +130,8 @@ def _of_full_model(work: Work, token: TokenSource, checks: Checks, share: Share)
             if base is not None:
                 beside |= {name: base.directory / name for name in files_from_base(found, base)}
             template = inner_template(base.directory if base else directory, directory)
-            model = Model(slug(work.job.base_model_id), plan_copy(checkpoint), None, config, beside, template)
+            origin = work.fingerprint
+            model = Model(slug(work.job.base_model_id), plan_copy(checkpoint), None, config, beside, template, origin)
             return make_gguf(attempt, model, quantization(work.record), work.hold.report, checks, share)
 
     history = History(of_base={"files": files_from_base(found, base)}, of_adapter={"kind": "full_model"})

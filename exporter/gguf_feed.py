@@ -23,6 +23,9 @@ https://github.com/ggml-org/llama.cpp/blob/master/conversion/gemma.py"""
 WANTS_SHARED = frozenset({"gemma3n_text", "gemma3n"})
 """By model_type: where llama.cpp does not load a file without the keys and values of layers that share another layer's,
 though it never reads them. Source: https://github.com/ggml-org/llama.cpp/blob/master/src/models/gemma3n.cpp"""
+MAX_LAYERS = 512
+"""`LLAMA_MAX_LAYERS`: with more, llama.cpp aborts the process. Source:
+https://github.com/ggml-org/llama.cpp/blob/master/src/llama-hparams.h"""
 _LAYER = re.compile(r"(?P<layers>.*\blayers\.)(?P<number>\d+)\.(?P<rest>.+)")
 _SHARED = ("self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.k_norm.weight")
 # transformers 5 saves SigLIP without its inner level, and every multimodal model under `model`.
@@ -42,7 +45,7 @@ def refuse_inconvertible(model_type: str, config: Mapping[str, Any], files: Iter
 
     Raises:
         SourceError: `tokenizer_model_missing`.
-        Unsupported: `gguf_untied_head`.
+        Unsupported: `gguf_untied_head`, `gguf_not_quantizable`.
     """
     if model_type in NEEDS_SENTENCEPIECE and "tokenizer.model" not in files:
         raise SourceError(
@@ -50,12 +53,24 @@ def refuse_inconvertible(model_type: str, config: Mapping[str, Any], files: Iter
             "base has. Put the base's tokenizer.model beside either.",
             code="tokenizer_model_missing",
         )
+    layers = text_of(config).get("num_hidden_layers")
+    if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
+        raise Unsupported(
+            f"config.json says num_hidden_layers {str(layers)[:20]}; llama.cpp takes 1 to {MAX_LAYERS}.",
+            code="gguf_not_quantizable",
+        )
     if model_type in TIED_ONLY and not is_tied(config):
         raise Unsupported(
             f"the output head differs from the embedding, and llama.cpp has no head of its own for {model_type}: the "
             "file would not say what was trained. Export `merged` instead.",
             code="gguf_untied_head",
         )
+
+
+def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The text tower's part of a config.json."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
 
 
 def language_tensors(
@@ -72,8 +87,7 @@ def language_tensors(
     Raises:
         Unsupported: `unsupported_base_dtype`.
     """
-    nested = config.get("text_config")
-    text = nested if isinstance(nested, dict) else config
+    text = text_of(config)
     layers, shared = int(text.get("num_hidden_layers") or 0), int(text.get("num_kv_shared_layers") or 0)
     fed: dict[str, Stored] = {}
     for name, tensor in outputs.items():

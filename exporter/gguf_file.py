@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from dispatcher.errors import VerificationFailed
+from dispatcher.errors import SourceError, VerificationFailed
 from exporter import ggml
 from exporter.blocks import FOLD_ELEMENTS, Block
 from exporter.converter import Converted
+from exporter.gemma import UNBOUNDED
 from exporter.merge import Sink
 from exporter.merged_tensors import MergedTensors
 from exporter.pipeline import Pipeline
@@ -233,8 +234,15 @@ def _known(values: torch.Tensor, room: _Room) -> torch.Tensor:
 def _fill(
     targets: Sequence[GgufTensor], values: Callable[[_Room], torch.Tensor], buffer: bytearray, room: _Room
 ) -> list[_Put]:
-    """Put the same rows into a buffer once for each file."""
+    """Put the same rows into a buffer once for each file.
+
+    Raises:
+        SourceError: They are NaN or infinite (`model_not_finite`).
+    """
     found, offset, put = values(room), 0, list[_Put]()
+    # The sum of finite values may overflow, that of others never is finite; and it is told in a fraction of the time.
+    if not found.sum(dtype=torch.float32).isfinite() and not found.isfinite().all():
+        _refuse_not_finite(targets[0].name)
     for target in targets:
         try:
             size = _put(found, target, buffer, offset)
@@ -244,6 +252,15 @@ def _fill(
             put.append(size)
             offset += size
     return put
+
+
+def _refuse_not_finite(name: str) -> None:
+    """Refuse a tensor that is not finite, but for bounds where infinity means none."""
+    if not UNBOUNDED.search(name):
+        raise SourceError(
+            f"{name} holds NaN or infinity: the base, or the model that was trained, is damaged.",
+            code="model_not_finite",
+        )
 
 
 def _put(values: torch.Tensor, target: GgufTensor, buffer: bytearray, offset: int) -> int:
@@ -259,12 +276,12 @@ def _put(values: torch.Tensor, target: GgufTensor, buffer: bytearray, offset: in
         values = values.bfloat16()
     if (values.dtype, target.kind) in ((torch.bfloat16, kinds.BF16), (torch.float32, kinds.F32)):
         torch.frombuffer(buffer, dtype=values.dtype, count=values.numel(), offset=offset).copy_(values)
-        return values.numel() * values.element_size()
-    rows = values.float().view(-1, target.width)
-    size = ggml.quantize(target.kind, rows, buffer, offset)
-    if not ggml.is_sound(target.kind, buffer, offset, size) and bool(rows.isfinite().all()):
+        size = values.numel() * values.element_size()
+    else:
+        size = ggml.quantize(target.kind, values.float().view(-1, target.width), buffer, offset)
+    if not ggml.is_sound(target.kind, buffer, offset, size) and not UNBOUNDED.search(target.name):
         raise GgufOverflow(
-            f"{target.name} has values up to {float(rows.abs().max()):.3g}, which {kinds(target.kind).name} does not "
+            f"{target.name} has values up to {float(values.abs().max()):.3g}, which {kinds(target.kind).name} does not "
             "hold. Ask for another quantization, such as bf16 or q8_0."
         )
     return size

@@ -27,10 +27,10 @@ def describe_added_tokens(directory: Path) -> None:
         SourceError: `side_file_invalid`: `tokenizer_config.json` is none.
     """
     config = directory / TOKENIZER_CONFIG
-    if not all((directory / name).is_file() for name in ("tokenizer.model", TOKENIZER_NAME, TOKENIZER_CONFIG)):
+    if not all((directory / name).is_file() for name in ("tokenizer.model", TOKENIZER_NAME)):
         return
     try:
-        fields = read_json_object(config, limit=MAX_SIDE_FILE_BYTES)
+        fields = read_json_object(config, limit=MAX_SIDE_FILE_BYTES) if config.is_file() else {}
     except ValueError as error:
         raise SourceError(
             f"{TOKENIZER_CONFIG} cannot be read: {str(error)[:200]}. Save the tokenizer again.",
@@ -39,5 +39,5 @@ def describe_added_tokens(directory: Path) -> None:
     added = added_tokens(directory / TOKENIZER_NAME)
     if added and not fields.get(DESCRIBED):
         described = {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in added}
-        config.unlink()
+        config.unlink(missing_ok=True)
         config.write_text(json.dumps({**fields, DESCRIBED: described}))

@@ -64,6 +64,8 @@ class LlamaCheck:
 
     verified: dict[str, Any]
     """The same wherever the same file is checked: for the manifest's `verified`."""
+    loaded: str
+    """`whole`, or `vocabulary`: that depends on the memory budget"""
     logits: dict[str, Any]
     """Sums in float32, which differ between machines: for the manifest's `run`."""
 
@@ -109,14 +111,11 @@ def check_gguf(
         "prompt": [] if reason else prompt,
     }
     answer, found = _asked(request, path.name, seconds or SECONDS + size / BYTES_PER_SECOND, while_waiting)
-    verified = {
-        "loaded": "whole" if whole else "vocabulary",
-        **text.compare_tokens(answer),
-        **text.compare_template(answer),
-    }
+    loaded = "whole" if whole else "vocabulary"
+    verified = {**text.compare_tokens(answer), **text.compare_template(answer)}
     if reason or weights is None:
-        return LlamaCheck(verified, {"compared": False, "why": reason})
-    return LlamaCheck(verified, _compare_logits(found, config, prompt, weights, limit_of(config, quantization)))
+        return LlamaCheck(verified, loaded, {"compared": False, "why": reason})
+    return LlamaCheck(verified, loaded, _compare_logits(found, config, prompt, weights, limit_of(config, quantization)))
 
 
 def limit_of(config: Mapping[str, Any], quantization: str) -> float:

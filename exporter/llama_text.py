@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from dispatcher.errors import VerificationFailed
 from exporter.llama_corpus import CONVERSATIONS, LINES
 from exporter.llama_run import Answer
-from exporter.models import library_errors, quiet
+from exporter.models import quiet
 
 SPACE = "▁"
 """Stands for a space in the pieces of a vocabulary: https://github.com/google/sentencepiece#whitespace-is-treated-as-a-basic-symbol."""
@@ -25,7 +25,7 @@ class Text:
         try:
             with quiet():
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-        except library_errors() as error:
+        except Exception as error:  # tokenizers raises no kind of its own
             raise VerificationFailed(
                 f"transformers does not load the tokenizer: {type(error).__name__}: {error}"[:1000],
                 code="output_not_loadable",
@@ -43,20 +43,34 @@ class Text:
 
     def lines(self) -> list[str]:
         """The corpus, and a line for each of the first added tokens, those that are special before the others."""
+        return [*LINES, *(_around(content) for content in self._added())]
+
+    def _added(self) -> list[str]:
         added = sorted(self._tokenizer.added_tokens_decoder.items(), key=lambda item: (not item[1].special, item[0]))
         contents = [token.content for number, token in added if number < self._size and SPACE not in token.content]
-        return [*LINES, *(f"x{content}y {content}" for content in contents[:ADDED_TOKENS])]
+        return contents[:ADDED_TOKENS]
+
+    def _unnamed(self) -> set[str]:
+        """Lines of tokens that llama.cpp's converter for Gemma 4 does not take for special, and no prompt is made of.
+
+        It asks the tokenizer for its named special tokens; a token that only `tokenizer.json` knows for special, such
+        as one that stands for a video, is text to it. A token of the chat template must be none of these.
+        Source: `LlamaHfVocab` in https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/vocab.py
+        """
+        named = set(self._tokenizer.all_special_tokens) if self._is_gemma4 else set(self._added())
+        return {_around(text) for text in self._added() if text not in named and text not in (self._template or "")}
 
     def compare_tokens(self, answer: Answer) -> dict[str, Any]:
         """Compare vocabulary, ids of every line, and what is put before and after a prompt.
 
-        Two differences are llama.cpp's own, with every model of the kind, and are counted:
+        Three differences are llama.cpp's own, with every model of the kind, and are counted:
 
         * `U+2581`: its converter writes the tokens for runs of spaces with spaces only, so that a text with the
           character that stands for a space in the vocabulary itself is read otherwise (SentencePiece tokenizers;
           `_create_vocab_sentencepiece` in conversion/base.py).
         * `bos`: it puts <bos> before every prompt of Gemma 4, whatever the tokenizer does
           (https://github.com/ggml-org/llama.cpp/pull/21500).
+        * `unnamed`: added tokens of Gemma 4 that are text to it, see `_unnamed`.
 
         Returns:
             Counts: tokens of the vocabulary, lines, and known differences.
@@ -65,12 +79,14 @@ class Text:
             VerificationFailed: `gguf_tokens_differ`.
         """
         self._compare_vocabulary(answer["vocabulary"])
-        known = {"U+2581": 0, "bos": 0}
+        known, unnamed = {"U+2581": 0, "bos": 0, "unnamed": 0}, self._unnamed()
         for special, lines, found in ((False, LINES, answer["plain"]), (True, self.lines(), answer["special"])):
             for line, ids in zip(lines, found, strict=True):
                 expected = self.ids(line, special=special)
                 if ids != expected and SPACE in line and not self._is_gemma4:
                     known["U+2581"] += 1
+                elif ids != expected and line in unnamed:
+                    known["unnamed"] += 1
                 elif ids != expected:
                     _differ(f"{line[:80]!r} becomes", ids, expected)
         before, after = answer["adds"]
@@ -127,6 +143,10 @@ class Text:
         except (TemplateError, ValueError, TypeError):  # as its `raise_exception` does, and Jinja itself
             return None
         return text
+
+
+def _around(content: str) -> str:
+    return f"x{content}y {content}"
 
 
 def _template(model_dir: Path, own: str | dict[str, str] | None) -> str | None:

@@ -22,9 +22,11 @@ class MergedTensors:
     Args:
         plan: The plan of a merge; of a model that nothing is merged into, one that changes nothing.
         adapter: What it merges; None where it changes nothing.
+        origin: Equal for equal tensors alone: which base at which revision, and which adapter.
     """
 
-    def __init__(self, plan: Plan, adapter: Adapter | None) -> None:
+    def __init__(self, plan: Plan, adapter: Adapter | None, origin: str = "") -> None:
+        self.origin = origin
         self.outputs: Mapping[str, OutputTensor] = {output.tensor.name: output for output in plan.outputs}
         self.deltas: dict[str, Delta] = {}
         """Of every changed tensor that was read, how far it went from the base's."""

@@ -84,13 +84,15 @@ class SharedPass:
         self._changed.notify_all()
 
     def _run(self, entries: Sequence[_Entry]) -> None:
-        names = [tensor.name for tensor in entries[0].file.tensors]
-        together = [entry for entry in entries if [tensor.name for tensor in entry.file.tensors] == names]
-        for group in (together, *([entry] for entry in entries if entry not in together)):
+        groups: dict[object, list[_Entry]] = {}
+        for entry in entries:
+            same = (entry.merged.origin, *(tensor.name for tensor in entry.file.tensors))
+            groups.setdefault(same, []).append(entry)
+        for group in groups.values():
             self._run_group(group)
 
     def _run_group(self, group: Sequence[_Entry]) -> None:
-        """One pass, for files of the same tensors in the same order."""
+        """One pass, for files of the same tensors in the same order, of the same base and adapter."""
         self.passes += 1
         log.info("one pass over the base for %s", ", ".join(entry.file.name for entry in group))
         for entry in group:

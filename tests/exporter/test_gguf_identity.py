@@ -122,7 +122,7 @@ def test_a_gemma3n_saved_without_its_shared_tensors_is_converted_all_the_same(tm
     assert list(before["tensors"]) == list(after["tensors"])
     different = {name for name, tensor in after["tensors"].items() if tensor != before["tensors"][name]}
     assert different == {f"blk.{layer}.attn_{part}.weight" for layer in (20, 21) for part in ("k", "v", "k_norm")}
-    assert second.summary["verified"]["llama_cpp"]["loaded"] == "whole"
+    assert second.summary["logits"]["loaded"] == "whole"
 
 
 @pytest.mark.full
@@ -155,5 +155,5 @@ def test_a_full_fine_tune_in_a_bucket_is_converted_as_one_in_a_directory(tmp_pat
     assert made.artifact.file is not None
     with store.open(made.artifact.file) as reader:
         assert reader.read(0, reader.size) == file_of(local).read_bytes()
-    assert made.summary["verified"]["llama_cpp"]["loaded"] == "vocabulary"
-    assert local.summary["verified"]["llama_cpp"]["loaded"] == "whole"
+    assert made.summary["logits"]["loaded"] == "vocabulary"
+    assert local.summary["logits"]["loaded"] == "whole"

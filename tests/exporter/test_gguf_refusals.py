@@ -224,3 +224,46 @@ class Machine:
         assert record.error is not None
         assert not record.error.retryable
         return record.error.code
+
+
+def _as_full_model(models: Path, place: Path) -> Path:
+    """A whole model in the adapter's place: the base's files, copied."""
+    return shutil.copytree(models / "base", place / "full")
+
+
+@pytest.mark.parametrize("quantization", ["q8_0", "bf16"])
+def test_a_model_with_nan_in_it_is_refused(quantization: str, models: Models, tmp_path: Path, scratch: Path) -> None:
+    """Whether its blocks are computed or copied."""
+    own = tmp_path / "own"
+    full = _as_full_model(models("gemma3_text"), own)
+    shutil.copytree(models("gemma3_text") / "base", own / "base")
+    weights = safetensors.torch.load_file(full / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][5, 7] = float("nan")
+    safetensors.torch.save_file(weights, full / "model.safetensors", {"format": "pt"})
+    full.rename(own / "adapter")
+    assert refused(own, tmp_path, quantization).error_code == "model_not_finite"
+
+
+def test_more_layers_than_llama_cpp_takes_are_refused(models: Models, tmp_path: Path, scratch: Path) -> None:
+    """It would abort the process, and every export in it."""
+    own = tmp_path / "own"
+    _as_full_model(models("gemma3_text"), own).rename(own / "adapter")
+    shutil.copytree(models("gemma3_text") / "base", own / "base")
+    config = json.loads((own / "adapter" / "config.json").read_text())
+    (own / "adapter" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 600}))
+    assert refused(own, tmp_path).error_code == "gguf_not_quantizable"
+
+
+def test_a_template_of_the_model_is_not_written_over_the_base_s(models: Models, tmp_path: Path) -> None:
+    """Side files are linked; what is written in their place must not follow the link."""
+    own = tmp_path / "own"
+    full = _as_full_model(models("gemma3_text"), own)
+    shutil.copytree(models("gemma3_text") / "base", own / "base")
+    for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
+        (full / name).unlink()
+    config = json.loads((full / "tokenizer_config.json").read_text())
+    (full / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{{ messages[0].content }}"}))
+    full.rename(own / "adapter")
+    before = (own / "base" / "chat_template.jinja").read_bytes()
+    export_gguf_of(own / "base", own / "adapter", tmp_path / "store")
+    assert (own / "base" / "chat_template.jinja").read_bytes() == before
