@@ -95,7 +95,7 @@ def show(console: Console, results: Results) -> None:
     goals = Table("what", "measured", "goal", "", title="GGUF: goals")
 
     def row(what: str, value: float, goal: float, unit: str) -> None:
-        mark = "[green]met[/]" if value <= goal else "[red]missed[/]"
+        mark = "[green]reached[/]" if value <= goal else "[red]missed[/]"
         goals.add_row(what, f"{value:.3g}{unit}", f"at most {goal:g}{unit}", mark)
 
     for name, by_label in results.items():
