@@ -59,6 +59,7 @@ def run(program: str, *, path: Path | None = None) -> str:
 def prefix(root: Path, monkeypatch: pytest.MonkeyPatch, *, installed: str | None, converter: object) -> Path:
     """Python under another prefix, with a release or none, and what is noted of the converter; where that lies."""
     known = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)  # it is found there first
     monkeypatch.setattr(sys, "path", [str(root / "site"), *(path for path in sys.path if path not in known)])
     monkeypatch.setattr(sys, "prefix", str(root))
     package = root / "site" / "llama_cpp"
