@@ -4,7 +4,6 @@ For engines that match names in ways of their own: a pair whose name finds no te
 say so. What a layer should be is PEFT's word, one layer at a time, on the base's own values in float32.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from dispatcher.errors import VerificationFailed
+from exporter.byte_source import read_bytes
 from exporter.checkpoint import Checkpoint, Tensor, TensorFile
 from exporter.gemma import HEAD, Family, canonical_name
 from exporter.plan import is_tied
@@ -157,8 +157,7 @@ def _is_copy(found: tuple[TensorFile, Tensor] | None, original: tuple[TensorFile
         return False
     with file.open() as output, source.open() as base:
         return all(
-            os.pread(output.fileno(), count, tensor.start + offset)
-            == os.pread(base.fileno(), count, wanted.start + offset)
+            read_bytes(output, tensor.start + offset, count) == read_bytes(base, wanted.start + offset, count)
             for offset in range(0, tensor.nbytes, BLOCK_BYTES)
             if (count := min(BLOCK_BYTES, tensor.nbytes - offset))
         )

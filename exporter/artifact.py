@@ -12,7 +12,7 @@ from dispatcher.artifacts import ArtifactStore, StoredFile, file_uri
 from dispatcher.contract import Artifact, ExportRecord, ExportType, TrainingJob, fingerprint_of
 from dispatcher.errors import ArtifactConflict, ExportError, VerificationFailed
 from exporter.attempt import Attempt
-from exporter.checkpoint import changed
+from exporter.byte_source import changed
 from exporter.lease import Hold
 from exporter.making import Made
 from exporter.manifest import (

@@ -9,7 +9,7 @@ from typing import Any
 from dispatcher.artifacts import ArtifactStore, StoredFile, file_uri
 from dispatcher.contract import TrainingJob
 from dispatcher.errors import NotFound, SourceError, Unsupported
-from exporter.checkpoint import changed
+from exporter.byte_source import changed
 from exporter.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from exporter.quantized import twin_of
 from exporter.sources import Base, Opener, QuantizedBase, TokenSource, local_path, open_base

@@ -7,17 +7,17 @@ does not grow with the model, and blocks can be made in any order, side by side.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import BinaryIO
 
 import torch
 
 from exporter.adapter import Adapter
+from exporter.byte_source import ByteReader
 from exporter.checkpoint import Tensor
 from exporter.lora import Delta, Factors, fold_rows_, put_, refuse_overflow, row_blocks, squares_by_column
 from exporter.pairs import AddedBias, LoraPair, matrices_of
 from exporter.plan import OutputTensor
 from exporter.saved import Saved
-from exporter.tensors import TORCH_DTYPE, read_elements, read_into, read_tensor
+from exporter.tensors import TORCH_DTYPE, read_elements, read_tensor
 
 FOLD_ELEMENTS = 512 * 1024
 """About how many weights are folded at a time: their float32 copy should stay in the processor's cache."""
@@ -36,28 +36,23 @@ class Block:
     nbytes: int
     change: Change | None
 
-    def fill(self, source: int, buffer: bytearray, scratch: torch.Tensor, file: str) -> Delta | None:
-        """Make it in `buffer`.
+    def make(self, buffer: bytearray, scratch: torch.Tensor) -> Delta | None:
+        """Make it of the base's bytes.
 
         Args:
-            source: The descriptor of the base's file.
-            buffer: At least `nbytes` long.
+            buffer: Begins with those bytes, and is given the block's.
             scratch: Float32 room, twice the elements of the largest changed block.
-            file: The file's name, for messages.
 
         Returns:
             How far the values went from the base's; None where they did not go.
 
         Raises:
-            Unavailable: The source changed while it was read (`source_changed`).
             VerificationFailed: A merged value is not finite.
         """
-        if self.start is not None:
-            read_into(source, memoryview(buffer)[: self.nbytes], self.start, file)
         return self.change(buffer, scratch) if self.change else None
 
 
-def changed_blocks(output: OutputTensor, adapter: Adapter, source: BinaryIO) -> Iterator[Block]:
+def changed_blocks(output: OutputTensor, adapter: Adapter, source: ByteReader) -> Iterator[Block]:
     """A tensor that the adapter changes, front to back; nothing for one that it does not."""
     match output.change:
         case LoraPair():
@@ -130,7 +125,7 @@ def _added(output: OutputTensor, bias: AddedBias, adapter: Adapter) -> Block:
     return _block(output, 0, count, add)
 
 
-def _folded(output: OutputTensor, pair: LoraPair, adapter: Adapter, source: BinaryIO) -> Iterator[Block]:
+def _folded(output: OutputTensor, pair: LoraPair, adapter: Adapter, source: ByteReader) -> Iterator[Block]:
     tensor = output.tensor
     _, rows, width = matrices_in(tensor)
     dtype = TORCH_DTYPE[tensor.dtype]
@@ -162,7 +157,7 @@ def own_base(pair: LoraPair, adapter: Adapter, first: int, count: int, width: in
 
 
 def column_norms(
-    output: OutputTensor, matrix: Factors, pair: LoraPair, adapter: Adapter, source: BinaryIO
+    output: OutputTensor, matrix: Factors, pair: LoraPair, adapter: Adapter, source: ByteReader
 ) -> torch.Tensor:
     """The length of each column of what is merged: [width], float32; one more pass over the base's values."""
     _, rows, width = matrices_in(output.tensor)
@@ -173,7 +168,7 @@ def column_norms(
         if values is None:
             data = bytearray(count * width * dtype.itemsize)
             start = output.source.start + first * width * dtype.itemsize
-            read_into(source.fileno(), memoryview(data), start, output.source.name)
+            source.read_into(memoryview(data), start)
             values = torch.frombuffer(data, dtype=dtype).view(count, width)
         squares += squares_by_column(values, first, matrix)
     return squares.sqrt().float()

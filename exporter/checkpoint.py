@@ -6,13 +6,14 @@ ascending, without overlap or hole. Source: https://github.com/huggingface/safet
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from dispatcher.errors import SourceError, Unavailable
+from dispatcher.errors import SourceError
+from exporter.byte_source import ByteReader, ByteSource, LocalFile, read_bytes
 from exporter.documents import read_json_object
 
 MAX_HEADER_BYTES = 100_000_000
@@ -31,7 +32,7 @@ ITEM_SIZE = {
 """Bytes per element of each dtype name."""
 
 ReadAt = Callable[[int, int], bytes]
-"""Reads (offset, length) of one file; returns fewer bytes only at its end."""
+"""Reads (offset, length) of one file."""
 
 
 @dataclass(frozen=True)
@@ -49,36 +50,27 @@ class Tensor:
 class TensorFile:
     """One safetensors file: its tensors in the order of their bytes."""
 
-    path: Path
-    size: int
+    source: ByteSource
+    """The version whose header was read"""
     tensors: tuple[Tensor, ...]
     metadata: Mapping[str, str]
-    stamp: tuple[int, ...]
-    """Which file this was when its header was read; see `open`."""
 
-    def open(self) -> BinaryIO:
-        """The file, unbuffered, if it still is the one whose header was read.
-
-        Raises:
-            Unavailable: `source_changed`: it was replaced or edited; another attempt reads the new one whole.
-        """
-        try:
-            file = self.path.open("rb", buffering=0)
-        except OSError as error:
-            raise changed(self.name) from error
-        if stamp_of(file.fileno()) != self.stamp:
-            file.close()
-            raise changed(self.name)
-        return file
+    def open(self) -> ByteReader:
+        """Open the very version whose header was read; raises as `ByteSource.open`."""
+        return self.source.open()
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.source.name
+
+    @property
+    def size(self) -> int:
+        return self.source.size
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk: one file, or several with an index (`index` holds its bytes, to be kept as they are)."""
+    """A model's files: one, or several with an index (`index` holds its bytes, to be kept as they are)."""
 
     files: tuple[TensorFile, ...]
     index: bytes | None
@@ -88,31 +80,27 @@ class Checkpoint:
         return {tensor.name: (file, tensor) for file in self.files for tensor in file.tensors}
 
 
-def stamp_of(descriptor: int) -> tuple[int, ...]:
-    """What tells one file, as it is now, from any other: device, inode, size, time of change in ns."""
-    facts = os.fstat(descriptor)
-    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
-
-
-def changed(name: str) -> Unavailable:
-    """What is raised when a source is not what the plan was made from."""
-    return Unavailable(f"{name} changed while it was read; nothing was published. Try again.", code="source_changed")
-
-
 def read_tensor_file(path: Path) -> TensorFile:
+    """As `tensor_file`, of a file of this machine.
+
+    Raises:
+        SourceError, Unavailable: As `tensor_file`.
+        OSError: It cannot be read.
+    """
+    return tensor_file(LocalFile.of(path))
+
+
+def tensor_file(source: ByteSource) -> TensorFile:
     """Read and check the header of one safetensors file.
 
     Raises:
         SourceError: `safetensors_truncated` when the file ends too early, `safetensors_corrupt` when the header
             does not describe it.
+        Unavailable: As `ByteSource.open` and `ByteReader.read_into`.
     """
-    with path.open("rb", buffering=0) as file:
-        stamp = stamp_of(file.fileno())
-        size = os.fstat(file.fileno()).st_size
-        tensors, metadata = parse_header(
-            lambda offset, length: os.pread(file.fileno(), length, offset), size, path.name
-        )
-    return TensorFile(path, size, tensors, metadata, stamp)
+    with source.open() as reader:
+        tensors, metadata = parse_header(partial(read_bytes, reader), source.size, source.name)
+    return TensorFile(source, tensors, metadata)
 
 
 def parse_header(read_at: ReadAt, size: int, name: str) -> tuple[tuple[Tensor, ...], dict[str, str]]:
@@ -200,17 +188,23 @@ def _corrupt(name: str, what: str) -> SourceError:
     return SourceError(f"{name} is not a valid safetensors file: {what}.", code="safetensors_corrupt")
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
-    """Read the headers of a model directory: `model.safetensors`, or the shards that its index names.
+def open_checkpoint(directory: Path, weights: Mapping[str, ByteSource] | None = None) -> Checkpoint:
+    """Read the headers of a model: of `model.safetensors`, or of the shards that its index names.
+
+    Args:
+        directory: Where the model lies.
+        weights: Where its safetensors files are, by name, if it is not there; the index still is.
 
     Raises:
-        SourceError: `base_missing` without weights, `base_pickle_only`, `base_index_invalid`, or as
-            `read_tensor_file`.
+        SourceError: `base_missing` without weights, `base_pickle_only`, `base_index_invalid`, or as `tensor_file`.
+        Unavailable: As `tensor_file`.
     """
-    if (directory / SINGLE_NAME).is_file():  # first, as transformers does where both are there
-        return Checkpoint((read_tensor_file(directory / SINGLE_NAME),), None)
+    if weights is None:
+        weights = {path.name: LocalFile.of(path) for path in directory.glob("*.safetensors") if path.is_file()}
+    if SINGLE_NAME in weights:  # first, as transformers does where both are there
+        return Checkpoint((tensor_file(weights[SINGLE_NAME]),), None)
     if (directory / INDEX_NAME).is_file():
-        return _open_sharded(directory)
+        return _open_sharded(directory / INDEX_NAME, weights)
     if any(directory.glob("*.bin")):
         raise SourceError(
             f"{directory} holds only pickled weights (*.bin), which are never loaded. Save the model as safetensors.",
@@ -221,8 +215,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     )
 
 
-def _open_sharded(directory: Path) -> Checkpoint:
-    index_path = directory / INDEX_NAME
+def _open_sharded(index_path: Path, weights: Mapping[str, ByteSource]) -> Checkpoint:
     try:
         index = read_json_object(index_path, limit=MAX_INDEX_BYTES)
     except ValueError as error:
@@ -230,9 +223,9 @@ def _open_sharded(directory: Path) -> Checkpoint:
     weight_map = weight_map_of(index, "base")
     files = []
     for name in sorted(set(weight_map.values())):
-        if not (directory / name).is_file():
+        if name not in weights:
             raise SourceError(f"{name} is missing, but {INDEX_NAME} names it.", code="base_missing")
-        files.append(read_tensor_file(directory / name))
+        files.append(tensor_file(weights[name]))
     refuse_astray(weight_map, {file.name: file.tensors for file in files}, "base")
     return Checkpoint(tuple(files), index_path.read_bytes())
 

@@ -1,12 +1,12 @@
 """What merged weights should be, computed in float64 from base and adapter, by other code than the engine's."""
 
 from collections.abc import Iterator
-from typing import BinaryIO
 
 import torch
 
 from exporter.adapter import Adapter
 from exporter.blocks import column_norms, matrices_in, own_base
+from exporter.byte_source import ByteReader
 from exporter.pairs import AddedBias, LoraPair, matrices_of
 from exporter.plan import OutputFile, OutputTensor
 from exporter.tensors import read_elements, read_tensor
@@ -16,7 +16,7 @@ FLOAT32_EPS = 2.0**-24
 
 
 def exact_rows(
-    file: OutputFile, output: OutputTensor, adapter: Adapter, source: BinaryIO
+    file: OutputFile, output: OutputTensor, adapter: Adapter, source: ByteReader
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Rows of what a merged tensor should be: the flat index each begins with, float64 values, their bound of error.
 

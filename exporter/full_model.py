@@ -11,13 +11,13 @@ from typing import Any
 from dispatcher.artifacts import ArtifactReader, ArtifactStore, StoredFile, file_uri
 from dispatcher.contract import TrainingJob
 from dispatcher.errors import ExportError, NotFound, SourceError
+from exporter.byte_source import changed
 from exporter.checkpoint import (
     INDEX_NAME,
     MAX_INDEX_BYTES,
     SINGLE_NAME,
     Tensor,
     bad_index,
-    changed,
     parse_header,
     refuse_astray,
     weight_map_of,

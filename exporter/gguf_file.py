@@ -21,7 +21,7 @@ from exporter.converter import Converted
 from exporter.gemma import UNBOUNDED
 from exporter.merge import Sink
 from exporter.merged_tensors import MergedTensors
-from exporter.pipeline import Pipeline
+from exporter.pipeline import Pipeline, worker_count
 from exporter.quantizer import file_type, tensor_types
 
 
@@ -168,11 +168,11 @@ def write_files(
     for place, file in enumerate(files):
         write(place, memoryview(file.head))
     room = partial(_room, merged.block_bytes, merged.scratch_elements)
-    with Pipeline(len(files) * merged.block_bytes, room) as pipeline:
+    with Pipeline(len(files) * merged.block_bytes, room, workers=worker_count()) as pipeline:
         for targets in zip(*(file.tensors for file in files), strict=True):
             is_first = True
             for values in _values(targets[0].info, merged):
-                pipeline.put(partial(_fill, targets, values), partial(hand_on, targets, is_first))
+                pipeline.put(_nothing, partial(_fill, targets, values), partial(hand_on, targets, is_first))
                 is_first = False
         pipeline.drain()
     for place, file in enumerate(files):
@@ -208,6 +208,10 @@ def _values(info: Any, merged: MergedTensors) -> Iterator[Callable[[_Room], torc
 
 def _of_block(merged: MergedTensors, name: str, block: Block, elements: int, room: _Room) -> torch.Tensor:
     return merged.fill(name, block, room.raw, room.scratch)[:elements]
+
+
+def _nothing(buffer: bytearray) -> None:
+    """Workers read the base themselves: the converter's order is not that of the base's files."""
 
 
 def _zeros(count: int, room: _Room) -> torch.Tensor:

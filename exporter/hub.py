@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dispatcher.errors import SourceError, Unavailable
+from exporter.byte_source import LocalFile
 from exporter.checkpoint import Checkpoint, Tensor, TensorFile
 
 CONFIG_NAME = "config.json"
@@ -97,7 +98,7 @@ def checkpoint(model_id: str, commit: str, token: str | None) -> Checkpoint:
         ]
         metadata = {key: value for key, value in (header.metadata or {}).items() if isinstance(value, str)}
         size = sum(tensor.nbytes for tensor in tensors)
-        files.append(TensorFile(Path(name), size, tuple(tensors), metadata, ()))
+        files.append(TensorFile(LocalFile(Path(name), size, ()), tuple(tensors), metadata))
     return Checkpoint(tuple(files), None)
 
 

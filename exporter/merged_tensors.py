@@ -4,12 +4,12 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from typing import BinaryIO
 
 import torch
 
 from exporter.adapter import Adapter
 from exporter.blocks import FOLD_ELEMENTS, Block, changed_blocks, copied_blocks, matrices_in
+from exporter.byte_source import ByteReader
 from exporter.lora import Delta, row_blocks
 from exporter.merge import largest_change, note
 from exporter.plan import OutputFile, OutputTensor, Plan
@@ -33,7 +33,7 @@ class MergedTensors:
         self.adapter = adapter
         self._largest = largest_change(plan.outputs)
         self._places = {output.tensor.name: file for file in plan.files for output in file.tensors}
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, ByteReader] = {}
         self._stack = ExitStack()
         self._lock = threading.Lock()
 
@@ -81,8 +81,9 @@ class MergedTensors:
             Unavailable: The source changed while it was read (`source_changed`).
             VerificationFailed: A merged value is not finite.
         """
-        file = self._places[name]
-        delta = block.fill(self._open(file).fileno(), buffer, scratch, file.name)
+        if block.start is not None:
+            self._open(self._places[name]).read_into(memoryview(buffer)[: block.nbytes], block.start)
+        delta = block.make(buffer, scratch)
         with self._lock:
             note(self.deltas, name, delta)
         dtype = TORCH_DTYPE[self.outputs[name].tensor.dtype]
@@ -100,7 +101,7 @@ class MergedTensors:
             done += len(values)
         return whole.view(tensor.shape)
 
-    def _open(self, file: OutputFile) -> BinaryIO:
+    def _open(self, file: OutputFile) -> ByteReader:
         with self._lock:
             if file.name not in self._files:
                 self._files[file.name] = self._stack.enter_context(file.source.open())

@@ -13,7 +13,8 @@ from dispatcher.artifacts import ArtifactWriter, StoredFile
 from dispatcher.crc32c import Crc32c
 from dispatcher.errors import NotFound, SourceError, VerificationFailed
 from exporter.attempt import Attempt
-from exporter.checkpoint import INDEX_NAME, ITEM_SIZE, SINGLE_NAME, Tensor, changed
+from exporter.byte_source import changed
+from exporter.checkpoint import INDEX_NAME, ITEM_SIZE, SINGLE_NAME, Tensor
 from exporter.full_model import CONFIG_NAME, FullModel, files_from_base, refuse_quantized, weights_of
 from exporter.gemma import UNBOUNDED
 from exporter.lease import Report

@@ -7,7 +7,8 @@ from typing import Any
 from dispatcher.artifacts import ArtifactWriter, StoredFile
 from dispatcher.errors import SourceError
 from exporter.attempt import Attempt
-from exporter.checkpoint import INDEX_NAME, changed
+from exporter.byte_source import changed
+from exporter.checkpoint import INDEX_NAME
 from exporter.documents import read_json_object
 from exporter.gemma import (
     SIDE_FILES,

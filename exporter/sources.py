@@ -19,7 +19,8 @@ from dispatcher.crc32c import Crc32c
 from dispatcher.errors import NotFound, SourceError, StorageFull, Unavailable
 from exporter import hub
 from exporter.adapter import WEIGHTS_NAME, refuse_without_weights
-from exporter.checkpoint import Checkpoint, changed, open_checkpoint
+from exporter.byte_source import changed
+from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.documents import read_json_object
 from exporter.gemma import SIDE_FILES, is_side_file
 from exporter.peft_config import CONFIG_NAME

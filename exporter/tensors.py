@@ -1,15 +1,11 @@
-"""Bytes of a checkpoint as torch tensors, read with pread into memory of our own.
-
-Not through mmap: touched pages of a mapping count as resident, so a whole model would.
-"""
+"""Bytes of a checkpoint as torch tensors, read into memory of our own."""
 
 import math
-import os
 from collections.abc import Iterator
 
 import torch
 
-from exporter.checkpoint import Tensor, TensorFile, changed
+from exporter.checkpoint import Tensor, TensorFile
 
 TORCH_DTYPE = {
     "F64": torch.float64,
@@ -22,36 +18,17 @@ TORCH_DTYPE = {
 PART_ELEMENTS = 1 << 20
 
 
-def read_into(fd: int, buffer: memoryview, offset: int, name: str) -> None:
-    """Fill `buffer` from byte `offset` of an open file.
-
-    Raises:
-        Unavailable: `source_changed` when the file ends before that: it was complete when its header was read.
-    """
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(fd, [buffer[done:]], offset + done)
-        if count == 0:
-            raise changed(name)
-        done += count
-
-
 def read_tensor(file: TensorFile, tensor: Tensor) -> torch.Tensor:
     """One whole tensor, of its own shape and dtype; for small ones (an adapter's)."""
-    data = bytearray(tensor.nbytes)
-    with file.open() as source:
-        read_into(source.fileno(), memoryview(data), tensor.start, file.name)
-    if not data:
-        return torch.empty(tensor.shape, dtype=TORCH_DTYPE[tensor.dtype])
-    return torch.frombuffer(data, dtype=TORCH_DTYPE[tensor.dtype]).view(tensor.shape)
+    return read_elements(file, tensor, 0, math.prod(tensor.shape)).view(tensor.shape)
 
 
 def read_elements(file: TensorFile, tensor: Tensor, first: int, count: int) -> torch.Tensor:
     """`count` elements of a tensor, from the flat index `first` on, of its own dtype; 1-D."""
     dtype = TORCH_DTYPE[tensor.dtype]
     data = bytearray(count * dtype.itemsize)
-    with file.open() as source:
-        read_into(source.fileno(), memoryview(data), tensor.start + first * dtype.itemsize, file.name)
+    with file.open() as reader:
+        reader.read_into(memoryview(data), tensor.start + first * dtype.itemsize)
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
@@ -79,6 +56,10 @@ def is_sound(values: torch.Tensor, *, unbounded: bool = False) -> bool:
 
 def parts_of(file: TensorFile, tensor: Tensor) -> Iterator[torch.Tensor]:
     """A tensor of any size in pieces, 1-D and of its own dtype, in order."""
-    total = math.prod(tensor.shape)
-    for first in range(0, total, PART_ELEMENTS):
-        yield read_elements(file, tensor, first, min(PART_ELEMENTS, total - first))
+    dtype = TORCH_DTYPE[tensor.dtype]
+    size = PART_ELEMENTS * dtype.itemsize
+    with file.open() as reader, reader.stream(tensor.start, tensor.start + tensor.nbytes) as stream:
+        for done in range(0, tensor.nbytes, size):
+            data = bytearray(min(size, tensor.nbytes - done))
+            stream.read_into(memoryview(data))
+            yield torch.frombuffer(data, dtype=dtype)

@@ -146,7 +146,7 @@ def _lay_out(base: Path, checkpoint: Checkpoint, adapter: Path, place: Path) -> 
     adapter's config names a base that is called `base`.
     """
     small = {path.name for pattern in HUB_PATTERNS for path in base.glob(pattern)}
-    weights = {file.path.name for file in checkpoint.files}
+    weights = {file.name for file in checkpoint.files}
     own = {WEIGHTS_NAME, *(name for name in side_file_names(adapter) if "/" not in name)}
     for name, source, names in (("base", base, small | weights), ("adapter", adapter, own)):
         (place / name).mkdir()

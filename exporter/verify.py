@@ -1,12 +1,11 @@
 """Re-reads what was written and says what holds; a check that fails fails the export before a manifest exists."""
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +13,7 @@ from dispatcher.artifacts import ArtifactReader, ArtifactStore, StoredFile
 from dispatcher.crc32c import Crc32c
 from dispatcher.errors import NotFound, Unavailable, VerificationFailed
 from exporter.adapter import Adapter
+from exporter.byte_source import ByteReader, read_bytes
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.exact import exact_rows
 from exporter.gemma import Family, canonical_name
@@ -180,7 +180,7 @@ def spread(items: Sequence[Item]) -> Sequence[Item]:
 def _refuse_copy_that_differs(reader: ArtifactReader, place: _Place) -> None:
     length = min(place.output.tensor.nbytes, SAMPLED_BYTES)
     with place.file.source.open() as source:
-        original = os.pread(source.fileno(), length, place.output.source.start)
+        original = read_bytes(source, place.output.source.start, length)
     if reader.read(place.start, length) != original:
         raise VerificationFailed(f"{place.name} differs from the base's.", code="copy_differs")
 
@@ -198,7 +198,7 @@ def _refuse_replacement_that_differs(reader: ArtifactReader, place: _Place, adap
             raise VerificationFailed(f"row {row} of {place.name} is not the adapter's.", code="merge_wrong")
 
 
-def _merge_error(reader: ArtifactReader, place: _Place, adapter: Adapter, source: BinaryIO) -> float:
+def _merge_error(reader: ArtifactReader, place: _Place, adapter: Adapter, source: ByteReader) -> float:
     """The worst error of what is sampled of a merged tensor, in ulps, against float64.
 
     Raises:
