@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dispatcher.errors import SourceError
-from exporter.checkpoint import open_checkpoint
 from exporter.gemma import FAMILIES, SCORE_ROOT, TEXT_ROOT, TEXT_ROOTS, USES, Family, Use, family_of, tower_of
 from exporter.sources import Base
 
@@ -71,7 +70,7 @@ def fitted(base: Base) -> Base:
     Raises:
         SourceError: As `fitting_config`, or as `open_checkpoint`.
     """
-    return replace(base, config=fitting_config(base.config, open_checkpoint(base.directory).tensors()))
+    return replace(base, config=fitting_config(base.config, base.checkpoint().tensors()))
 
 
 def use_of(architecture: str) -> Use:

@@ -26,6 +26,7 @@ from exporter.manifest import (
 )
 from exporter.model_card import CARD_NAME
 from exporter.sources import Base, is_current
+from exporter.tasks import Tasks
 from exporter.verify import vanished
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ class Result:
 class Recipe:
     """How an artifact is made, and what of."""
 
-    make: Callable[[Attempt], Made]
+    make: Callable[[Attempt], Made | None]
+    """None where the other tasks of the execution have the rest to make"""
     card: Callable[[Made], str]
     """The text of its model card"""
     base: Base | None
@@ -85,33 +87,37 @@ class Work:
             nonce=self.record.force_nonce,
         )
 
-    def found_or_made(self, identity: Identity, recipe: Recipe) -> Result:
-        """The artifact of an identity.
+    def found_or_made(self, identity: Identity, recipe: Recipe, tasks: Tasks) -> Result | None:
+        """The artifact of an identity; None where this task's part of it is done, and others are still at theirs.
 
         Raises:
             ExportError: Bad input, a failed check, or a passing fault; what this attempt published is removed, unless
                 another attempt may be using it.
         """
         try:
-            return self._made(identity, recipe)
+            return self._made(identity, recipe, tasks)
         except ArtifactConflict as error:
             # With what a killed attempt left, on a machine that rounds otherwise; or another attempt has published it.
             log.warning("what is there is recorded, or else another version is made: %s", error.message)
             found, manifest = _settled(self.store, self.job.job_id, identity)
-            return self._made(found if manifest is not None else found.instead(), recipe)
+            return self._made(found if manifest is not None else found.instead(), recipe, tasks)
 
-    def _made(self, wanted: Identity, recipe: Recipe) -> Result:
+    def _made(self, wanted: Identity, recipe: Recipe, tasks: Tasks) -> Result | None:
         """The first version of an identity that is not spoilt: found, or written now."""
         identity, manifest = _settled(self.store, self.job.job_id, wanted)
         directory = _directory(self.job.job_id, identity)
+        attempt = Attempt(self.store, directory)
         if manifest is not None:
             log.info("found finished, only recording it: %s", directory)
+            _drop_parts(attempt)
             return _result(self.store, directory, manifest, {}, identity)
-        if self.hold.is_ours():
+        if tasks.count == 1 and self.hold.is_ours():
             self.store.remove_unpublished(directory)
-        attempt = Attempt(self.store, directory)
+            self.store.remove_unpublished(attempt.parts_directory)
         try:
             made = recipe.make(attempt)
+            if made is None:
+                return self._made_by_others(wanted)
             text = recipe.card(made).encode()
             card = attempt.publish(CARD_NAME, lambda writer: writer.write(text), size=len(text))
             manifest = manifest_of(
@@ -133,10 +139,19 @@ class Work:
             if made.logits is not None:
                 run["logits"] = made.logits
             publish_manifest(self.store, directory, manifest, run)
-        except BaseException:
-            _take_back(attempt, self.hold)
+        except BaseException as error:
+            # What the next attempt can go on from stays, if there will be one.
+            _take_back(attempt, self.hold, parts=not (isinstance(error, ExportError) and error.retryable))
             raise
+        _drop_parts(attempt)
         return _result(self.store, directory, manifest, run, identity)
+
+    def _made_by_others(self, wanted: Identity) -> Result | None:
+        """What the other tasks have published meanwhile; None where they are still at it."""
+        identity, manifest = _settled(self.store, self.job.job_id, wanted)
+        if manifest is None:
+            return None
+        return _result(self.store, _directory(self.job.job_id, identity), manifest, {}, identity)
 
 
 def _refuse_changed(base: Base | None, identity: Identity, store: ArtifactStore, adapter_uri: str) -> None:
@@ -172,13 +187,21 @@ def _settled(store: ArtifactStore, job_id: str, identity: Identity) -> tuple[Ide
         identity = identity.instead()
 
 
-def _take_back(attempt: Attempt, hold: Hold) -> None:
+def _take_back(attempt: Attempt, hold: Hold, *, parts: bool) -> None:
     """Remove what a failed attempt published; what failed it counts, and not that this fails too."""
     try:
         if not attempt.store.exists(attempt.store.uri(f"{attempt.directory}/{MANIFEST_NAME}")):
-            attempt.withdraw(hold)
+            attempt.withdraw(hold, parts=parts)
     except ExportError as error:
         log.warning("files stay in %s: %s", attempt.directory, error.message)
+
+
+def _drop_parts(attempt: Attempt) -> None:
+    """Remove what nobody goes on from any more; the artifact is published, and that is what counts."""
+    try:
+        attempt.store.delete_prefix(attempt.parts_directory)
+    except ExportError as error:
+        log.warning("%s stays: %s", attempt.parts_directory, error.message)
 
 
 def _result(

@@ -1,18 +1,26 @@
-"""What one attempt publishes into a version's directory, and takes back when it fails."""
+"""What one attempt publishes of a version, and takes back when it fails."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 from dispatcher.artifacts import ArtifactStore, ArtifactWriter, StoredFile, publish
 from exporter.lease import Hold
 
 
+@dataclass(frozen=True)
+class _Published:
+    withdraw: Callable[[], object]
+    is_part: bool
+    """Whether another attempt can go on from it"""
+
+
 class Attempt:
     """The files of one attempt at a version.
 
-    Others may publish into the same directory: an attempt before us that was killed, one after us that took over.
-    They write the same bytes under the same names, so what they left is used; and only what this very attempt
-    created is ever removed.
+    Others may publish into the same directory: an attempt before us that was killed, one after us that took over, other
+    tasks of our execution. They write the same bytes under the same names, so what they left is used; and what is
+    removed is only what this very attempt created, or found finished and took over.
 
     Args:
         store: Where to.
@@ -22,25 +30,53 @@ class Attempt:
     def __init__(self, store: ArtifactStore, directory: str) -> None:
         self.store = store
         self.directory = directory
-        self._writers: list[ArtifactWriter] = []
+        self.parts_directory = f"{directory}.parts"
+        """Beside it: what other attempts can go on from, until the version is published"""
+        self._published: list[_Published] = []
 
-    def publish(self, name: str, fill: Callable[[ArtifactWriter], object], *, size: int | None = None) -> StoredFile:
-        """Publish a file of `size` bytes, if known, under a name relative to the directory; returned with that name.
+    def publish(
+        self,
+        name: str,
+        fill: Callable[[ArtifactWriter], object],
+        *,
+        size: int | None = None,
+        folder: str | None = None,
+        is_part: bool = False,
+    ) -> StoredFile:
+        """Publish a file under a name relative to the directory; returned with that name.
+
+        Args:
+            name: The name.
+            fill: Writes it.
+            size: Bytes, if known.
+            folder: Another directory.
+            is_part: Whether another attempt can go on from it.
 
         Raises:
             ArtifactConflict, StorageFull: As `dispatcher.artifacts.publish`.
         """
 
         def noted(writer: ArtifactWriter) -> None:
-            self._writers.append(writer)
+            self._published.append(_Published(writer.withdraw, is_part))
             fill(writer)
 
-        return replace(publish(self.store, f"{self.directory}/{name}", noted, size=size), name=name)
+        path = f"{folder or self.directory}/{name}"
+        return replace(publish(self.store, path, noted, size=size), name=name)
 
-    def withdraw(self, hold: Hold) -> None:
-        """Remove what this attempt created, as long as nobody else can be counting on it.
+    def take_over(self, path: str) -> None:
+        """Go on from a file that another attempt left: it is this one's to remove now."""
+        self._published.append(_Published(partial(self.store.delete_prefix, path), is_part=True))
+
+    def withdraw(self, hold: Hold, *, parts: bool = True) -> None:
+        """Remove what this attempt created or took over, as long as nobody else can be counting on it.
 
         That is asked before every file: a caller may cancel and ask again, and another begin, at any moment.
+
+        Args:
+            hold: What we work under.
+            parts: Also what another attempt can go on from.
         """
-        while self._writers and hold.is_ours():
-            self._writers.pop().withdraw()
+        while self._published and hold.is_ours():
+            published = self._published.pop()
+            if parts or not published.is_part:
+                published.withdraw()

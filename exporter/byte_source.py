@@ -57,8 +57,12 @@ class ByteSource(Protocol):
     def size(self) -> int:
         """Bytes."""
 
-    def open(self) -> ByteReader:
+    def open(self, *, whole: bool = False) -> ByteReader:
         """Open it for reading; leave its `with` statement to close it.
+
+        Args:
+            whole: Whether streams will read all of it but the header, front to back: a source that keeps a copy
+                somewhere makes it then.
 
         Raises:
             Unavailable: It is not this version any more (`source_changed`), or cannot be read now.
@@ -100,7 +104,7 @@ class LocalFile:
     def name(self) -> str:
         return self.path.name
 
-    def open(self) -> "_LocalReader":
+    def open(self, *, whole: bool = False) -> "_LocalReader":
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:

@@ -55,9 +55,9 @@ class TensorFile:
     tensors: tuple[Tensor, ...]
     metadata: Mapping[str, str]
 
-    def open(self) -> ByteReader:
-        """Open the very version whose header was read; raises as `ByteSource.open`."""
-        return self.source.open()
+    def open(self, *, whole: bool = False) -> ByteReader:
+        """Open the very version whose header was read; arguments and errors as of `ByteSource.open`."""
+        return self.source.open(whole=whole)
 
     @property
     def name(self) -> str:

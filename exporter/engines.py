@@ -9,10 +9,11 @@ from dispatcher.artifacts import StoredFile
 from dispatcher.errors import NotAvailable, Unsupported
 from exporter import peft_engine, streaming, unsloth_engine
 from exporter.attempt import Attempt
-from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.checkpoint import Checkpoint
 from exporter.lease import Report
 from exporter.making import Checks, Made
 from exporter.sources import Base
+from exporter.tasks import Tasks
 
 CGROUP = Path("/sys/fs/cgroup")
 GIB = 1 << 30
@@ -25,17 +26,29 @@ class Engine:
     name: str
     version: Callable[[], str]
     """What decides its bytes, besides base and adapter"""
-    make: Callable[[Attempt, Base, Path, Report, Checks], Made]
+    make: Callable[[Attempt, Base, Path, Report, Checks, Tasks], Made | None]
+    """None where the other tasks of the execution have the rest to make"""
     memory_needed: Callable[[Checkpoint], int] = lambda base: 0
     """Bytes for a whole model in memory, where it holds one"""
+
+
+def _by_one_task(make: Callable[[Attempt, Base, Path, Report, Checks], Made]) -> Callable[..., Made | None]:
+    """For an engine that holds the whole model: the first task makes all of it, and the others nothing."""
+
+    def made(
+        attempt: Attempt, base: Base, adapter_dir: Path, report: Report, checks: Checks, tasks: Tasks
+    ) -> Made | None:
+        return None if tasks.index > 0 else make(attempt, base, adapter_dir, report, checks)
+
+    return made
 
 
 _ENGINES = {
     engine.name: engine
     for engine in (
         Engine("streaming", streaming.version, streaming.stream),
-        Engine("peft", peft_engine.peft_version, peft_engine.make, peft_engine.memory_needed),
-        Engine("unsloth", unsloth_engine.unsloth_version, unsloth_engine.make, unsloth_engine.memory_needed),
+        Engine("peft", peft_engine.peft_version, _by_one_task(peft_engine.make), peft_engine.memory_needed),
+        Engine("unsloth", unsloth_engine.unsloth_version, _by_one_task(unsloth_engine.make), unsloth_engine.memory_needed),
     )
 }
 
@@ -69,7 +82,7 @@ def reference_for(refusal: Unsupported, provider: str, base: Base, adapter: Sequ
     is_lora = not refusal.error_code.startswith("unsupported_peft_type")
     unsloth = is_lora and provider == "unsloth" and unsloth_engine.is_installed()
     engine = _ENGINES["unsloth" if unsloth else "peft"]
-    needed = engine.memory_needed(open_checkpoint(base.directory)) + 2 * sum(file.size for file in adapter)
+    needed = engine.memory_needed(base.checkpoint()) + 2 * sum(file.size for file in adapter)
     available = available_memory()
     if needed > available:
         raise Unsupported(

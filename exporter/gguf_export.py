@@ -12,6 +12,7 @@ from exporter.adapter import refuse_not_finite
 from exporter.architecture import fitted, fitting_config
 from exporter.artifact import Recipe, Result, Work
 from exporter.attempt import Attempt
+from exporter.base_cache import cached, opener_for
 from exporter.bases import adapter_config, base_for
 from exporter.checkpoint import INDEX_NAME, open_checkpoint
 from exporter.full_model import (
@@ -39,6 +40,7 @@ from exporter.shared_pass import Share
 from exporter.sidefiles import inner_template, side_files
 from exporter.sources import Base, TokenSource, adapter_here, files_here
 from exporter.streaming import planned
+from exporter.tasks import Tasks
 
 ENGINE = "streaming"
 
@@ -53,7 +55,9 @@ def export_gguf(
     hold: Hold,
     checks: Checks,
     share: Share,
-) -> Result:
+    tasks: Tasks,
+    base_cache: bool = True,
+) -> Result | None:
     """Make a GGUF of a training job's model, or find it made already.
 
     Args:
@@ -65,6 +69,11 @@ def export_gguf(
         hold: Told of stage and fraction; what it raises stops the work.
         checks: How much is verified.
         share: Its part in the pass over the base, which other quantizations may share.
+        tasks: Which part of it is this task's.
+        base_cache: Whether a base of the hub is kept in the bucket.
+
+    Returns:
+        None where this task's part is done, and others are still at theirs.
 
     Raises:
         ExportError: Bad input, a failed check, or a passing fault; what this attempt published is removed, unless
@@ -87,17 +96,19 @@ def export_gguf(
     files = store.list(job.adapter_path)
     work = Work(store, job, job.adapter_path, files, record, hold)
     if is_full_model([file.name for file in files]):
-        return _of_full_model(work, token, checks, share)
-    base = base_for(job, adapter_config(store, job.adapter_path, files), token)
+        return _of_full_model(work, token, checks, share, tasks)
+    base = base_for(job, adapter_config(store, job.adapter_path, files), token, opener=opener_for(store))
     family_of(base.config)
-    return _of_adapter(work, base, checks, share)
+    if base_cache:
+        base = cached(base, store)
+    return _of_adapter(work, base, checks, share, tasks)
 
 
-def _of_adapter(work: Work, base: Base, checks: Checks, share: Share) -> Result:
-    def make(attempt: Attempt) -> Made:
+def _of_adapter(work: Work, base: Base, checks: Checks, share: Share, tasks: Tasks) -> Result | None:
+    def make(attempt: Attempt) -> Made | None:
         with adapter_here(work.store, work.adapter_uri, work.adapter_files) as adapter_dir:
             own = fitted(base)
-            plan, adapter, _, config = planned(own, open_checkpoint(base.directory), adapter_dir)
+            plan, adapter, _, config = planned(own, own.checkpoint(), adapter_dir)
             refuse_not_finite(adapter.file)
             beside = side_files(base.directory, adapter_dir)
             template = inner_template(base.directory, adapter_dir)
@@ -110,15 +121,17 @@ def _of_adapter(work: Work, base: Base, checks: Checks, share: Share) -> Result:
         of_adapter={"trained_on": base.trained_on} if base.trained_on else {},
     )
     identity = work.identity(base.model_id, base.revision, ENGINE, gguf.version())
-    return work.found_or_made(identity, Recipe(make, partial(_card, identity, "adapter"), base, history))
+    return work.found_or_made(identity, Recipe(make, partial(_card, identity, "adapter"), base, history), tasks)
 
 
-def _of_full_model(work: Work, token: TokenSource, checks: Checks, share: Share) -> Result:
+def _of_full_model(
+    work: Work, token: TokenSource, checks: Checks, share: Share, tasks: Tasks
+) -> Result | None:
     """From the whole model in the adapter's place."""
     found = read_full_model(work.store, work.adapter_uri, work.adapter_files)
     base = base_of_full_model(found, work.job, token)
 
-    def make(attempt: Attempt) -> Made:
+    def make(attempt: Attempt) -> Made | None:
         weights = weights_of(found)
         refuse_quantized(found, weights)
         wanted = [*weights, INDEX_NAME, CONFIG_NAME, *found.side_files]
@@ -137,7 +150,7 @@ def _of_full_model(work: Work, token: TokenSource, checks: Checks, share: Share)
     history = History(of_base={"files": files_from_base(found, base)}, of_adapter={"kind": "full_model"})
     revision = UNREAD if base is None else base.revision
     identity = work.identity(work.job.base_model_id, revision, ENGINE, gguf.version())
-    return work.found_or_made(identity, Recipe(make, partial(_card, identity, "full_model"), base, history))
+    return work.found_or_made(identity, Recipe(make, partial(_card, identity, "full_model"), base, history), tasks)
 
 
 def quantization(record: ExportRecord) -> str:

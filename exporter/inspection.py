@@ -13,7 +13,7 @@ from exporter.full_model import is_full_model
 from exporter.ledger import ledger_of
 from exporter.peft_config import read_config
 from exporter.plan import Plan
-from exporter.sources import TokenSource, headers_of, open_without_weights
+from exporter.sources import TokenSource, open_streamed
 from exporter.streaming import planned
 
 
@@ -27,8 +27,7 @@ def inspect(adapter_dir: Path, base_id: str | None, token: TokenSource) -> dict[
 
     Returns:
         `outcome` is `merged` (with the counts, bytes, memory and the use of every adapter tensor), `passthrough` (it is
-        a whole model), `reference_engine` (the streaming engine does not support it), `undecided` (headers do not
-        tell), or `refused`; with the error's `code` and `message`.
+        a whole model), `reference_engine` (the streaming engine does not support it), or `refused`; with the error's `code` and `message`.
     """
     report: dict[str, Any] = {"adapter": str(adapter_dir), "base": base_id}
     try:
@@ -39,17 +38,14 @@ def inspect(adapter_dir: Path, base_id: str | None, token: TokenSource) -> dict[
         if not isinstance(report["base"], str) or not report["base"]:
             raise SourceError("the adapter's config names no base: name one with --base.", code="base_missing")
         revision = config.get("revision") if base_id is None else None
-        base = base_for(_job(report["base"], revision, adapter_dir), config, token, opener=open_without_weights)
-        checkpoint = headers_of(base, token)
+        base = base_for(_job(report["base"], revision, adapter_dir), config, token, opener=open_streamed)
+        checkpoint = base.checkpoint()
         base = replace(base, config=fitting_config(base.config, checkpoint.tensors()))
         plan, adapter, family, _ = planned(base, checkpoint, adapter_dir)
         ledger = ledger_of(plan, adapter, family, {})
     except Unsupported as error:
         return {**report, "outcome": "reference_engine", "code": error.error_code, "message": error.message}
     except ExportError as error:
-        if error.error_code == "source_changed" and report["base"] is not None and not Path(report["base"]).exists():
-            why = "it brings a copy of the base's embedding, and whether that is the base's, only its weights can tell"
-            return {**report, "outcome": "undecided", "message": f"{why}: name a base in a directory (--base)."}
         return {**report, "outcome": "refused", "code": error.error_code, "message": error.message}
     return {
         **report,

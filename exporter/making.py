@@ -73,4 +73,4 @@ def checked_logits(
         found = f"{needed >> 20} MiB of models, MEMORY_BUDGET_MIB is {checks.memory_budget >> 20}"
         return {"compared": False, "why": f"too large: {found}"}
     with files_here(attempt.store, attempt.store.uri(attempt.directory), files) as merged:
-        return compare_logits(base.directory, adapter_dir, merged, base.config, config, adapter)
+        return compare_logits(base.here().directory, adapter_dir, merged, base.config, config, adapter)

@@ -53,7 +53,7 @@ def write_merged(planned: OutputFile, adapter: Adapter, sink: Sink, on_bytes: On
     sink.write(memoryview(planned.header))
     on_bytes(len(planned.header))
     largest = largest_change(planned.tensors)
-    with planned.source.open() as source, _InOrder(source, planned) as base, _pipeline(largest) as pipeline:
+    with planned.source.open(whole=True) as source, _InOrder(source, planned) as base, _pipeline(largest) as pipeline:
         for block in _blocks(planned, adapter, source):
             pipeline.put(partial(base.read, block), block.make, partial(hand_on, block))
         pipeline.drain()

@@ -10,6 +10,7 @@ from exporter import passthrough
 from exporter.architecture import fitted
 from exporter.artifact import Recipe, Result, Work
 from exporter.attempt import Attempt
+from exporter.base_cache import cached, opener_for
 from exporter.bases import adapter_config, base_for
 from exporter.engines import Engine, engine_of, reference_for
 from exporter.full_model import base_of_full_model, files_from_base, is_full_model, read_full_model
@@ -20,6 +21,7 @@ from exporter.manifest import History, Identity
 from exporter.model_card import CardFacts, model_card
 from exporter.passthrough import pass_through
 from exporter.sources import Base, TokenSource, adapter_here
+from exporter.tasks import Tasks
 
 log = logging.getLogger(__name__)
 UNREAD = "not read"
@@ -35,7 +37,9 @@ def export_merged(
     token: TokenSource,
     hold: Hold,
     checks: Checks,
-) -> Result:
+    tasks: Tasks,
+    base_cache: bool = True,
+) -> Result | None:
     """Make the merged model of a training job, or find it made already.
 
     Args:
@@ -47,6 +51,11 @@ def export_merged(
         token: Gives a Hugging Face token for a gated base.
         hold: Told of stage and fraction; what it raises stops the work.
         checks: How much is verified.
+        tasks: Which part of it is this task's.
+        base_cache: Whether a base of the hub is kept in the bucket.
+
+    Returns:
+        None where this task's part is done, and others are still at theirs.
 
     Raises:
         ExportError: Bad input, a failed check, or a passing fault; what this attempt published is removed, unless
@@ -59,46 +68,48 @@ def export_merged(
     adapter_files = store.list(job.adapter_path)
     work = Work(store, job, job.adapter_path, adapter_files, record, hold)
     if is_full_model([file.name for file in adapter_files]):
-        return _passed_through(work, token)
-    base = base_for(job, adapter_config(store, job.adapter_path, adapter_files), token)
+        return _passed_through(work, token, tasks)
+    base = base_for(job, adapter_config(store, job.adapter_path, adapter_files), token, opener=opener_for(store))
     family_of(base.config)
+    if base_cache:
+        base = cached(base, store)
     try:
-        return _merged_with(work, wished, base, checks)
+        return _merged_with(work, wished, base, checks, tasks)
     except Unsupported as error:
         if engine != "auto":
             raise
         reference = reference_for(error, job.provider, base, adapter_files)
         log.warning("%s The %s engine makes it instead.", error.message, reference.name)
-        return _merged_with(work, reference, base, checks)
+        return _merged_with(work, reference, base, checks, tasks)
 
 
-def _merged_with(work: Work, engine: Engine, base: Base, checks: Checks) -> Result:
+def _merged_with(work: Work, engine: Engine, base: Base, checks: Checks, tasks: Tasks) -> Result | None:
     """The artifact that an engine makes of base and adapter, found or made now."""
 
-    def make(attempt: Attempt) -> Made:
+    def make(attempt: Attempt) -> Made | None:
         with adapter_here(work.store, work.adapter_uri, work.adapter_files) as adapter_dir:
-            return engine.make(attempt, fitted(base), adapter_dir, work.hold.report, checks)
+            return engine.make(attempt, fitted(base), adapter_dir, work.hold.report, checks, tasks)
 
     history = History(
         of_base={"requested": base.requested} if base.requested else {},
         of_adapter={"trained_on": base.trained_on} if base.trained_on else {},
     )
     identity = work.identity(base.model_id, base.revision, engine.name, engine.version())
-    return work.found_or_made(identity, Recipe(make, partial(_card, identity), base, history))
+    return work.found_or_made(identity, Recipe(make, partial(_card, identity), base, history), tasks)
 
 
-def _passed_through(work: Work, token: TokenSource) -> Result:
+def _passed_through(work: Work, token: TokenSource, tasks: Tasks) -> Result | None:
     """The artifact that is the whole model in the adapter's place, whatever engine was asked for."""
     model = read_full_model(work.store, work.adapter_uri, work.adapter_files)
     base = base_of_full_model(model, work.job, token)
 
-    def make(attempt: Attempt) -> Made:
-        return pass_through(attempt, model, base, work.hold.report)
+    def make(attempt: Attempt) -> Made | None:
+        return None if tasks.index > 0 else pass_through(attempt, model, base, work.hold.report)
 
     history = History(of_base={"files": files_from_base(model, base)}, of_adapter={"kind": "full_model"})
     revision = UNREAD if base is None else base.revision
     identity = work.identity(work.job.base_model_id, revision, passthrough.NAME, passthrough.VERSION)
-    return work.found_or_made(identity, Recipe(make, partial(_card, identity), base, history))
+    return work.found_or_made(identity, Recipe(make, partial(_card, identity), base, history), tasks)
 
 
 def _card(identity: Identity, made: Made) -> str:

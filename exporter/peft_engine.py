@@ -16,7 +16,7 @@ from dispatcher.errors import AdapterMismatch, SourceError, Unsupported
 from dispatcher.logs import clean
 from exporter.adapter import WEIGHTS_NAME, refuse_not_finite
 from exporter.attempt import Attempt
-from exporter.checkpoint import Checkpoint, TensorFile, open_checkpoint, read_tensor_file
+from exporter.checkpoint import Checkpoint, TensorFile, read_tensor_file
 from exporter.documents import read_json_object
 from exporter.gemma import family_of
 from exporter.lease import Report
@@ -79,7 +79,8 @@ def made_by(
         ExportError: As `merge`, or a failed check.
     """
     report("merging", WRITE_FROM)
-    checkpoint = open_checkpoint(base.directory)
+    base = base.here()
+    checkpoint = base.checkpoint()
     with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
         output = Path(scratch)
         merge(base, adapter_dir, output)

@@ -1,16 +1,18 @@
 """Where base model and adapter come from: a directory, or a model id on the Hugging Face hub.
 
-Either way the rest of the exporter sees a local directory and an identity that changes when the bytes do; of an
-adapter in Cloud Storage, a copy of the files that an export can use.
+Either way the rest of the exporter sees an identity that changes when the bytes do, a local directory of what lies
+beside the weights, and sources of the weights, which may be there too or be read from the hub as they are needed. Of an
+adapter in Cloud Storage it sees a copy of the files that an export can use.
 """
 
 import errno
 import hashlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from dispatcher.crc32c import Crc32c
 from dispatcher.errors import NotFound, SourceError, StorageFull, Unavailable
 from exporter import hub
 from exporter.adapter import WEIGHTS_NAME, refuse_without_weights
-from exporter.byte_source import changed
-from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.byte_source import ByteSource, changed
+from exporter.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
 from exporter.documents import read_json_object
 from exporter.gemma import SIDE_FILES, is_side_file
 from exporter.peft_config import CONFIG_NAME
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 MAX_CONFIG_BYTES = 10_000_000
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja")
 """What an export can use; never a pickle."""
-SIDE_PATTERNS = ("config.json", *SIDE_FILES, "*.jinja")
+SIDE_PATTERNS = ("config.json", INDEX_NAME, *SIDE_FILES, "*.jinja")
 BLOCK_BYTES = 8 << 20
 LOCAL = "directory:"
 """How the revision of a base in a directory begins."""
@@ -42,18 +44,49 @@ Opener = Callable[[str, str | None, TokenSource], "Base"]
 
 @dataclass(frozen=True)
 class Base:
-    """A base model that is here: its directory, its parsed config.json, and which revision it is."""
+    """A base model: its parsed config.json, which revision it is, and where its files are."""
 
     model_id: str
     revision: str
     """The hub's commit, or `directory:` and a digest of file names, sizes and times of change."""
     directory: Path
+    """What lies beside its weights, and they too if `weights` does not say otherwise"""
     config: dict[str, Any]
     """Without leftovers of a quantization that the weights do not have."""
     requested: str | None = None
     """What the training job names, where that is another model."""
     trained_on: dict[str, str] | None = None
     """The quantized model that the adapter was trained on, as far as is known: `id`, `revision`, `quantization`."""
+    weights: Mapping[str, ByteSource] | None = None
+    """Its weight files by name; None where they are in the directory"""
+    fetch_weights: Callable[[], None] | None = None
+    """Brings them there, if they are not"""
+    _headers: list[Checkpoint] = field(default_factory=list, repr=False, compare=False)
+
+    def checkpoint(self) -> Checkpoint:
+        """The headers of its weights, read once.
+
+        Raises:
+            SourceError, Unavailable: As `open_checkpoint`.
+        """
+        if not self._headers:
+            self._headers.append(open_checkpoint(self.directory, self.weights))
+        return self._headers[0]
+
+    def reading(self, weights: Mapping[str, ByteSource]) -> "Base":
+        """This base with its weights read from elsewhere."""
+        return replace(self, weights=weights, _headers=[])
+
+    def here(self) -> "Base":
+        """This base with its weights in the directory, for what can read nothing else.
+
+        Raises:
+            SourceError, Unavailable: As `open_base`.
+        """
+        if self.fetch_weights is None:
+            return self
+        self.fetch_weights()
+        return replace(self, weights=None, fetch_weights=None, _headers=[])
 
 
 class QuantizedBase(SourceError):
@@ -85,7 +118,7 @@ def local_path(uri: str) -> Path | None:
 
 
 def open_base(model_id: str, revision: str | None, token: TokenSource) -> Base:
-    """Find a base model and read its config.json.
+    """Find a base model, read its config.json, and have its weights in a directory.
 
     Args:
         model_id: A directory, a `file://` URI, or a hub id.
@@ -93,47 +126,34 @@ def open_base(model_id: str, revision: str | None, token: TokenSource) -> Base:
         token: Gives the caller's Hugging Face token; asked only where the hub is.
 
     Raises:
-        SourceError: `base_uri_unsupported`, `base_missing`, `base_config_invalid`, or one of the hub's answers
-            (`base_gated`, `hub_token_invalid`).
+        SourceError: `base_uri_unsupported`, `base_missing`, `base_pickle_only`, `base_config_invalid`, or as
+            `hub.look_up`.
         QuantizedBase: Its weights are quantized; none of them was fetched. What its config says alone does not count:
             16-bit weights that were saved with such a leftover are used.
         Unavailable: The hub did not answer.
     """
-    return _open(model_id, revision, token, HUB_PATTERNS)
+    return open_streamed(model_id, revision, token).here()
 
 
-def open_without_weights(model_id: str, revision: str | None, token: TokenSource) -> Base:
-    """As `open_base`, but from the hub no weights are fetched; see `headers_of`.
+def open_streamed(model_id: str, revision: str | None, token: TokenSource) -> Base:
+    """As `open_base`, but from the hub no weights are fetched: they are read from there as they are needed.
 
     Raises:
         SourceError, Unavailable: As `open_base`.
     """
-    return _open(model_id, revision, token, SIDE_PATTERNS)
-
-
-def headers_of(base: Base, token: TokenSource) -> Checkpoint:
-    """The headers of a base's weights, from the hub if they were not fetched.
-
-    Raises:
-        SourceError, Unavailable: As `open_checkpoint` and `open_base`.
-    """
-    if base.revision.startswith(LOCAL):
-        return open_checkpoint(base.directory)
-    return hub.checkpoint(base.model_id, base.revision, token())
+    return _open(model_id, revision, token, for_weights=True)
 
 
 def open_side_files(model_id: str, revision: str | None, token: TokenSource) -> Base:
-    """As `open_base`, but from the hub only config, tokenizer and what else lies beside the weights, however stored.
+    """As `open_streamed`, but only for what lies beside the weights, however they are stored.
 
     Raises:
         SourceError, Unavailable: As `open_base`.
     """
-    return _open(model_id, revision, token, SIDE_PATTERNS, quantized=True)
+    return _open(model_id, revision, token, for_weights=False)
 
 
-def _open(
-    model_id: str, revision: str | None, token: TokenSource, patterns: Sequence[str], *, quantized: bool = False
-) -> Base:
+def _open(model_id: str, revision: str | None, token: TokenSource, *, for_weights: bool) -> Base:
     directory = local_path(model_id)
     if model_id.startswith("gs://"):
         raise SourceError(
@@ -142,17 +162,23 @@ def _open(
             code="base_uri_unsupported",
         )
     if directory is None:
-        return _from_hub(model_id, revision, token(), patterns, quantized=quantized)
+        return _from_hub(model_id, revision, token(), for_weights=for_weights)
     if not directory.is_dir():
         raise SourceError(f"the base model's directory {directory} does not exist.", code="base_missing")
     revision = f"{LOCAL}{_directory_digest(directory)}"
     config = _read_config(directory)
+    base = Base(model_id, revision, directory, without_quantization(config))
+    if for_weights:
+        _refuse_quantized(base, config)
+    return base
+
+
+def _refuse_quantized(base: Base, config: dict[str, Any]) -> None:
     method = quantization_of(config)
-    if method is not None and not quantized:
-        tensors = open_checkpoint(directory).tensors()
-        if is_stored_quantized({name: tensor.dtype for name, (_, tensor) in tensors.items()}):
-            raise QuantizedBase(model_id, method, config)
-    return Base(model_id, revision, directory, without_quantization(config))
+    if method is None:
+        return
+    if is_stored_quantized({name: tensor.dtype for name, (_, tensor) in base.checkpoint().tensors().items()}):
+        raise QuantizedBase(base.model_id, method, config)
 
 
 def is_current(base: Base) -> bool:
@@ -247,14 +273,28 @@ def _read_config(directory: Path) -> dict[str, Any]:
         ) from error
 
 
-def _from_hub(
-    model_id: str, revision: str | None, token: str | None, patterns: Sequence[str], *, quantized: bool
-) -> Base:
+def _from_hub(model_id: str, revision: str | None, token: str | None, *, for_weights: bool) -> Base:
     repository = hub.look_up(model_id, revision, token)
-    config = _read_config(repository.directory) if quantized or not repository.is_gguf else {}
-    if not quantized:
-        method = "GGUF" if repository.is_gguf else quantization_of(config)
-        if repository.is_gguf or (method is not None and is_stored_quantized(hub.stored_dtypes(repository, token))):
-            raise QuantizedBase(model_id, method or "GGUF", config)
-    hub.fetch(repository, token, patterns)
-    return Base(model_id, repository.commit, repository.directory, without_quantization(config))
+    if for_weights and repository.is_gguf:
+        raise QuantizedBase(model_id, "GGUF", {})
+    config = _read_config(repository.directory)
+    if for_weights and repository.files and not repository.weights:
+        pickled = any(name.endswith(".bin") for name in repository.files)
+        raise SourceError(
+            f"base model {model_id!r} has no safetensors file on the hub"
+            f"{', only pickled weights (*.bin), which are never loaded' if pickled else ''}: name one that has.",
+            code="base_pickle_only" if pickled else "base_missing",
+        )
+    base = Base(
+        model_id,
+        repository.commit,
+        repository.directory,
+        without_quantization(config),
+        weights=repository.weights or None,
+        fetch_weights=partial(hub.fetch, repository, token, HUB_PATTERNS),
+    )
+    if for_weights and quantization_of(config) is not None:
+        hub.fetch(repository, token, (INDEX_NAME,))
+        _refuse_quantized(base, config)
+    hub.fetch(repository, token, SIDE_PATTERNS)
+    return base

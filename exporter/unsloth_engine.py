@@ -122,7 +122,7 @@ def merge_with_unsloth(
     """
     unsloth_version()
     read_for_peft(adapter, base)
-    checkpoint = open_checkpoint(base.directory)
+    checkpoint = base.checkpoint()
     with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
         place = Path(scratch)
         _lay_out(base.directory, checkpoint, adapter, place)
