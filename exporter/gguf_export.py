@@ -39,6 +39,7 @@ from exporter.shared_pass import Share
 from exporter.sidefiles import inner_template, side_files
 from exporter.sources import Base, TokenSource, adapter_here, files_here
 from exporter.streaming import planned
+from exporter.tasks import Tasks
 
 ENGINE = "streaming"
 
@@ -53,6 +54,7 @@ def export_gguf(
     hold: Hold,
     checks: Checks,
     share: Share,
+    tasks: Tasks,
 ) -> Result:
     """Make a GGUF of a training job's model, or find it made already.
 
@@ -65,6 +67,7 @@ def export_gguf(
         hold: Told of stage and fraction; what it raises stops the work.
         checks: How much is verified.
         share: Its part in the pass over the base, which other quantizations may share.
+        tasks: Which of the execution's tasks this is. For now each makes all of it, and the first publishes.
 
     Raises:
         ExportError: Bad input, a failed check, or a passing fault; what this attempt published is removed, unless

@@ -20,6 +20,7 @@ from exporter.manifest import History, Identity
 from exporter.model_card import CardFacts, model_card
 from exporter.passthrough import pass_through
 from exporter.sources import Base, TokenSource, adapter_here
+from exporter.tasks import Tasks
 
 log = logging.getLogger(__name__)
 UNREAD = "not read"
@@ -35,6 +36,7 @@ def export_merged(
     token: TokenSource,
     hold: Hold,
     checks: Checks,
+    tasks: Tasks,
 ) -> Result:
     """Make the merged model of a training job, or find it made already.
 
@@ -47,6 +49,7 @@ def export_merged(
         token: Gives a Hugging Face token for a gated base.
         hold: Told of stage and fraction; what it raises stops the work.
         checks: How much is verified.
+        tasks: Which of the execution's tasks this is. For now each makes all of it, and the first publishes.
 
     Raises:
         ExportError: Bad input, a failed check, or a passing fault; what this attempt published is removed, unless

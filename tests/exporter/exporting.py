@@ -14,6 +14,7 @@ from exporter.gguf_export import export_gguf
 from exporter.making import Checks
 from exporter.merged import export_merged
 from exporter.shared_pass import Share, SharedPass
+from exporter.tasks import Tasks
 
 QUICK = Checks(logits=False)
 """Without the logits, which take a whole model or two; they have tests of their own."""
@@ -82,6 +83,7 @@ def export(
         token=lambda: None,
         hold=Undisturbed(),
         checks=checks,
+        tasks=Tasks(),
     )
 
 
@@ -125,6 +127,7 @@ def export_gguf_of(
                 hold=Undisturbed(),
                 checks=QUICK,
                 share=share,
+                tasks=Tasks(),
             )
         finally:
             share.leave()
