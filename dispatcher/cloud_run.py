@@ -61,11 +61,13 @@ class CloudRunRunner:
             raise Misconfigured(f"runner {url!r}: expected {expected}")
         return cls(found["project"], found["region"], found["job"], emulator=found["emulator"])
 
-    def start(self, job_id: str, environment: Mapping[str, str]) -> Execution:
+    def start(self, job_id: str, environment: Mapping[str, str], *, tasks: int = 1) -> Execution:
         if not is_job_id(job_id):  # it becomes an argument
             raise Misconfigured(f"{job_id!r} is no job id: nothing was started")
         variables = [{"name": name, "value": value} for name, value in environment.items()]
-        overrides = {"container_overrides": [{"args": [job_id], "env": variables}]}
+        overrides: dict[str, object] = {"container_overrides": [{"args": [job_id], "env": variables}]}
+        if tasks > 1:
+            overrides["task_count"] = tasks
         jobs, _ = self._connected()
         try:
             # Never tried again here: run_job has no request id, so a second call may start a second execution.

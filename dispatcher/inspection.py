@@ -37,8 +37,6 @@ def told(report: dict[str, Any]) -> str:
     if report["outcome"] == "reference_engine":
         told = f"{report['message']} With --engine auto, which is the default, a reference engine merges it"
         return "\n".join([*lines, f"{told}, if there is the memory for the whole model."])
-    if report["outcome"] == "undecided":
-        return "\n".join([*lines, report["message"]])
     if report["outcome"] == "passthrough":
         return "\n".join([lines[0], "published as it is: this is a whole model, and no adapter"])
     lines.append(f"tensors   {_counted(report['tensors'])}")

@@ -169,13 +169,30 @@ def renewed(
 ) -> ExportRecord:
     """The exporter's heartbeat: the same lease, longer, with how far the work is.
 
+    Several tasks may hold one lease: under it, progress is that of the furthest and never goes back.
+
     Raises:
         LeaseLost: The export was cancelled, or its lease taken over.
     """
     if record.state is not R or record.lease is None or record.lease.lease_id != holding:
         raise LeaseLost(f"export {record.export_id} is {record.state} and no longer ours: stop before the next write")
     lease = record.lease.model_copy(update={"expires_at": expires_at})
-    return _changed(record, now, lease=lease, stage=stage, progress=min(max(progress, 0.0), 1.0))
+    return _changed(record, now, lease=lease, stage=stage, progress=min(max(progress, record.progress), 1.0))
+
+
+def joined(record: ExportRecord, *, execution: str, expires_at: datetime, now: datetime) -> ExportRecord:
+    """A further task of the execution that holds the export: the same lease, no shorter than it was.
+
+    A lease of that execution which has run out is taken up again, since its tasks may run hours apart. It is one
+    attempt, however many tasks join it; stage and progress stay.
+
+    Raises:
+        LeaseLost: The export is not running, or another execution holds it.
+    """
+    lease = record.lease
+    if record.state is not R or lease is None or lease.owner != execution:
+        raise LeaseLost(f"export {record.export_id} is {record.state} and not held by execution {execution}")
+    return _changed(record, now, lease=lease.model_copy(update={"expires_at": max(lease.expires_at, expires_at)}))
 
 
 def completed(

@@ -54,6 +54,8 @@ class Settings:
     engine: str = "auto"
     memory_budget_mib: int = 512
     """What the exporter may take beyond its interpreter and libraries, in MiB"""
+    base_cache: bool = True
+    """Whether bases from the hub are kept in the bucket"""
     verify_logits: bool = True
     """Whether a merged model's logits are compared, where the memory budget holds the model"""
     token_ttl_seconds: int = 7 * 24 * 3600
@@ -65,6 +67,8 @@ class Settings:
     export_id: str | None = None
     lease_id: str | None = None
     execution: str | None = None
+    task_index: int = 0
+    task_count: int = 1
     task_attempt: int = 0
     hf_token: str | None = field(default=None, repr=False)
     id_token: str | None = field(default=None, repr=False)
@@ -88,6 +92,7 @@ class Settings:
             _refuse_half_a_cloud(env, defaults)
         urls = {name: _url(env, name, default) for name, default in defaults.items()}
         cloud = any(name in env for name in _CLOUD_VARIABLES)
+        tasks = _number(env, "CLOUD_RUN_TASK_COUNT", cls.task_count, at_least=1)
         cloud = cloud or any(urlsplit(url).scheme != _SCHEMES[name][0] for name, url in urls.items())
         return cls(
             home=home,
@@ -104,6 +109,7 @@ class Settings:
             max_attempts=_number(env, "MAX_ATTEMPTS", cls.max_attempts, at_least=1),
             engine=_choice(env, "ENGINE", cls.engine, _ENGINES),
             memory_budget_mib=_number(env, "MEMORY_BUDGET_MIB", cls.memory_budget_mib, at_least=64),
+            base_cache=_choice(env, "BASE_CACHE", "auto", ("auto", "never")) == "auto",
             verify_logits=_choice(env, "VERIFY_LOGITS", "auto", ("auto", "never")) == "auto",
             token_ttl_seconds=_number(env, "TOKEN_TTL_SECONDS", cls.token_ttl_seconds, at_least=60),
             download_url_seconds=_number(
@@ -114,6 +120,8 @@ class Settings:
             export_id=env.get("EXPORT_ID"),
             lease_id=env.get("LEASE_ID"),
             execution=env.get("CLOUD_RUN_EXECUTION"),
+            task_index=_number(env, "CLOUD_RUN_TASK_INDEX", cls.task_index, at_least=0, at_most=tasks - 1),
+            task_count=tasks,
             task_attempt=_number(env, "CLOUD_RUN_TASK_ATTEMPT", 0, at_least=0),
             hf_token=env.get("HF_TOKEN"),
             id_token=env.get("GEMMA_EXPORT_ID_TOKEN"),
@@ -138,6 +146,7 @@ class Settings:
             "MAX_ATTEMPTS": str(self.max_attempts),
             "ENGINE": self.engine,
             "MEMORY_BUDGET_MIB": str(self.memory_budget_mib),
+            "BASE_CACHE": "auto" if self.base_cache else "never",
             "VERIFY_LOGITS": "auto" if self.verify_logits else "never",
             "TOKEN_TTL_SECONDS": str(self.token_ttl_seconds),
         }

@@ -10,12 +10,13 @@ import pydantic
 
 from dispatcher import lifecycle
 from dispatcher.contract import UNFINISHED, ExportRecord, Failure, JobMessage, Lease, State
-from dispatcher.errors import ExportError, LaunchInDoubt, Unavailable
+from dispatcher.errors import ExportError, LaunchInDoubt, SourceError, Unavailable
 from dispatcher.jobqueue import JobQueue
 from dispatcher.lifecycle import Actor, transition
 from dispatcher.logs import bound, traceparent_of
 from dispatcher.records import RecordStore, every_export, update
 from dispatcher.runner import JobRunner
+from dispatcher.tasks import task_count
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +225,7 @@ class Trigger:
             return transition(current, State.QUEUED, by=Actor.TRIGGER, holding=lease_id, now=self._clock())
 
         try:
-            execution = self._runner.start(record.job_id, environment)
+            execution = self._runner.start(record.job_id, environment, tasks=self._tasks(record.job_id))
         except LaunchInDoubt:
             raise  # It may be at work: the lease keeps others from starting a second one beside it.
         except ExportError:
@@ -240,6 +241,12 @@ class Trigger:
 
         update(self._records, record.export_id, launched)
         logger.info("an execution was started", extra={"execution": execution.name})
+
+    def _tasks(self, job_id: str) -> int:
+        try:
+            return task_count(self._records.get_job(job_id))
+        except SourceError:
+            return 1  # enough for the execution to say what is wrong with the document
 
     def _tended(self, record: ExportRecord, *, lost_messages: bool) -> list[str]:
         """What was done for an unfinished record; see `sweep`."""

@@ -40,8 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.quantization and args.export_type != ExportType.GGUF:
             raise InvalidRequest("--quantization goes with --export-type gguf.", code="invalid_request")
         # After the cheap checks: it brings in torch.
-        from exporter.job import Order, Stores, run_job
+        from exporter.job import Stores, run_job
         from exporter.making import Checks
+        from exporter.order import Order
 
         execution = settings.execution or f"local-{secrets.token_hex(6)}"
         order = Order(
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             export_type=ExportType(args.export_type) if args.export_type else None,
             quantization=args.quantization,
             force_nonce=_nonce(execution) if args.force else None,
+            task_index=settings.task_index,
+            task_count=settings.task_count,
+            task_attempt=settings.task_attempt,
         )
         stores = Stores(
             records=open_records(settings.records_url),
@@ -61,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lease_seconds=settings.lease_seconds,
             max_attempts=settings.max_attempts,
             checks=Checks(logits=settings.verify_logits, memory_budget=settings.memory_budget_mib << 20),
+            base_cache=settings.base_cache,
             hf_token=settings.hf_token,
         )
         return run_job(order, stores, stop)

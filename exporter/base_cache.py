@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 from dispatcher.artifacts import ArtifactStore, ArtifactWriter
@@ -54,7 +53,7 @@ def cached(base: Base, store: ArtifactStore) -> Base:
             weights[name] = StoredObject(name, store.open(store.uri(path)))
         else:
             weights[name] = _KeptFile(source, store, path) if isinstance(source, HubFile) else source
-    log.info("%d of %d weight files of %s are in %s", len(there.keys() & weights.keys()), len(weights), base.model_id, directory)
+    log.info("%d of %d weight files are in %s", len(there.keys() & weights.keys()), len(weights), directory)
     return base.reading(weights)
 
 
@@ -126,16 +125,14 @@ class _KeepingReader:
         self._reader.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exit: object) -> None:
         try:
-            if kind is None:
+            if exit[0] is None:
                 self._skip_to(self._file.size)
                 self._copy.commit(self._file.source.etag)
         finally:
             self._copy.close()
-            self._reader.__exit__(kind, error, trace)
+            self._reader.__exit__(*exit)
 
     def _skip_to(self, stop: int) -> None:
         """Copy what nobody asks for: the header, and a vocabulary that the adapter replaces."""

@@ -48,7 +48,9 @@ _ENGINES = {
     for engine in (
         Engine("streaming", streaming.version, streaming.stream),
         Engine("peft", peft_engine.peft_version, _by_one_task(peft_engine.make), peft_engine.memory_needed),
-        Engine("unsloth", unsloth_engine.unsloth_version, _by_one_task(unsloth_engine.make), unsloth_engine.memory_needed),
+        Engine(
+            "unsloth", unsloth_engine.unsloth_version, _by_one_task(unsloth_engine.make), unsloth_engine.memory_needed
+        ),
     )
 }
 

@@ -56,7 +56,7 @@ def export_gguf(
     checks: Checks,
     share: Share,
     tasks: Tasks,
-    base_cache: bool = True,
+    base_cache: bool,
 ) -> Result | None:
     """Make a GGUF of a training job's model, or find it made already.
 
@@ -124,9 +124,7 @@ def _of_adapter(work: Work, base: Base, checks: Checks, share: Share, tasks: Tas
     return work.found_or_made(identity, Recipe(make, partial(_card, identity, "adapter"), base, history), tasks)
 
 
-def _of_full_model(
-    work: Work, token: TokenSource, checks: Checks, share: Share, tasks: Tasks
-) -> Result | None:
+def _of_full_model(work: Work, token: TokenSource, checks: Checks, share: Share, tasks: Tasks) -> Result | None:
     """From the whole model in the adapter's place."""
     found = read_full_model(work.store, work.adapter_uri, work.adapter_files)
     base = base_of_full_model(found, work.job, token)

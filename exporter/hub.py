@@ -9,6 +9,7 @@ from typing import Any
 from dispatcher.errors import SourceError, Unavailable
 from exporter.byte_source import LocalFile
 from exporter.checkpoint import Checkpoint, Tensor, TensorFile
+from exporter.hub_file import HubFile
 
 CONFIG_NAME = "config.json"
 
@@ -23,6 +24,7 @@ class Repository:
     """Its snapshot in the hub's cache."""
     files: frozenset[str]
     """The names of all its files; none where nobody can be asked (HF_HUB_OFFLINE)."""
+    weights: dict[str, HubFile]
 
     @property
     def is_gguf(self) -> bool:
@@ -52,7 +54,7 @@ def look_up(model_id: str, revision: str | None, token: str | None) -> Repositor
             revision = found.sha
             files = frozenset(file.rfilename for file in found.siblings or ())
         directory = _snapshot(model_id, revision, token, [CONFIG_NAME])
-    return Repository(model_id, directory.name, directory, files)
+    return Repository(model_id, directory.name, directory, files, {})
 
 
 def fetch(repository: Repository, token: str | None, patterns: Sequence[str]) -> None:

@@ -27,7 +27,8 @@ def inspect(adapter_dir: Path, base_id: str | None, token: TokenSource) -> dict[
 
     Returns:
         `outcome` is `merged` (with the counts, bytes, memory and the use of every adapter tensor), `passthrough` (it is
-        a whole model), `reference_engine` (the streaming engine does not support it), or `refused`; with the error's `code` and `message`.
+        a whole model), `reference_engine` (the streaming engine does not support it), or `refused`; with the error's
+        `code` and `message`.
     """
     report: dict[str, Any] = {"adapter": str(adapter_dir), "base": base_id}
     try:

@@ -9,26 +9,9 @@ from enum import IntEnum
 from functools import partial
 
 from dispatcher.artifacts import ArtifactStore
-from dispatcher.contract import (
-    RESULT_FIELD,
-    UNFINISHED,
-    ExportRecord,
-    ExportRequest,
-    ExportType,
-    Failure,
-    State,
-    TrainingJob,
-)
-from dispatcher.errors import (
-    ExportError,
-    IllegalTransition,
-    JobNotCompleted,
-    LeaseLost,
-    NotAvailable,
-    NotFound,
-    Unavailable,
-)
-from dispatcher.lifecycle import Actor, completed, failed, noted, requested, transition
+from dispatcher.contract import RESULT_FIELD, ExportRecord, ExportType, Failure, State, TrainingJob
+from dispatcher.errors import ExportError, IllegalTransition, LeaseLost, NotFound, Unavailable
+from dispatcher.lifecycle import Actor, completed, failed, transition
 from dispatcher.logs import bound, clean
 from dispatcher.records import RecordStore, update
 from dispatcher.tokens import TokenStore
@@ -37,6 +20,7 @@ from exporter.gguf_export import export_gguf
 from exporter.lease import Claim, Heartbeat, Interrupted, claim, utc_now
 from exporter.making import Checks
 from exporter.merged import export_merged
+from exporter.order import Order, ordered
 from exporter.shared_pass import Share, SharedPass
 
 log = logging.getLogger(__name__)
@@ -57,24 +41,6 @@ class ExitCode(IntEnum):
 
 
 @dataclass(frozen=True)
-class Order:
-    """What an execution was asked to do."""
-
-    job_id: str
-    execution: str
-    engine: str = "auto"
-    export_id: str | None = None
-    """The trigger's export; None when an operator runs the job."""
-    lease_id: str | None = None
-    """The trigger's lease on it."""
-    export_type: ExportType | None = None
-    """An operator's wish for one that nobody may have requested."""
-    quantization: str | None = None
-    force_nonce: str | None = None
-    """Set to make even a finished export anew."""
-
-
-@dataclass(frozen=True)
 class Stores:
     """The ports an execution needs, and what bounds it."""
 
@@ -84,6 +50,8 @@ class Stores:
     lease_seconds: int
     max_attempts: int
     checks: Checks = field(default_factory=Checks)
+    base_cache: bool = True
+    """Whether bases of the hub are kept in the bucket"""
     hf_token: str | None = None
     """The deployment's own Hugging Face token, used where the caller gave none."""
 
@@ -103,7 +71,7 @@ def run_job(order: Order, stores: Stores, stop: threading.Event) -> ExitCode:
             raise
         return _refuse(order, order.export_id, error, stores)
     worst = ExitCode.DONE
-    for group in _groups(_ordered(order, stores, job)):
+    for group in _groups(ordered(order, stores.records, stores.artifacts, job)):
         worst = max(worst, _run_group(group, order, stores, job, stop))
         if stop.is_set():
             return max(worst, ExitCode.TRY_AGAIN)
@@ -144,62 +112,6 @@ def _run_group(
         return max(future.result() for future in running)
 
 
-def _ordered(order: Order, stores: Stores, job: TrainingJob) -> list[ExportRecord]:
-    """The exports to do, first the one that was asked for."""
-    if order.export_type is not None:
-        return [_wished(order, order.export_type, stores, job)]
-    by_id = {record.export_id: record for record in stores.records.list_exports(job_id=job.job_id)}
-    if order.export_id is not None:
-        if order.export_id not in by_id:
-            raise NotFound(f"there is no export {order.export_id}.", code="export_not_found")
-        first = [by_id.pop(order.export_id)]
-        return first + [record for record in by_id.values() if record.state is State.QUEUED]
-    wanted = UNFINISHED | {State.FAILED} | ({State.COMPLETED} if order.force_nonce else set())
-    records = [
-        record for record in by_id.values() if record.state in wanted and record.export_type is not ExportType.ADAPTER
-    ]
-    return [_requeued(record, order, stores) for record in records]
-
-
-def _wished(order: Order, kind: ExportType, stores: Stores, job: TrainingJob) -> ExportRecord:
-    """The export of a type that an operator asks for, recorded now if nobody had requested it."""
-    if kind is ExportType.ADAPTER:
-        raise NotAvailable(
-            "an adapter is exported by POST /export alone: there is nothing to run.", code="nothing_to_run"
-        )
-    if job.status != State.COMPLETED:
-        raise JobNotCompleted(f"training job {job.job_id} is {job.status!r}, not completed.")
-    request = ExportRequest.model_validate(
-        {"job_id": job.job_id, "export_type": kind, "quantization": order.quantization}
-    )
-    fingerprint = stores.artifacts.fingerprint(job.adapter_path) if job.adapter_path else ""
-    record = requested(request, user_id=job.user_id, adapter_fingerprint=fingerprint, token_ref=None, now=utc_now())
-    stores.records.create_export(record)
-    return _requeued(record, order, stores)
-
-
-def _requeued(record: ExportRecord, order: Order, stores: Stores) -> ExportRecord:
-    """An operator's rerun: failed and cancelled exports are queued again, finished ones when forced."""
-
-    def change(found: ExportRecord) -> ExportRecord | None:
-        if found.state is State.QUEUED and order.force_nonce is not None:
-            return noted(found, utc_now(), force_nonce=order.force_nonce)
-        again = found.state in (State.FAILED, State.CANCELLED) or (
-            found.state is State.COMPLETED and order.force_nonce is not None
-        )
-        if not again or found.execution == order.execution:
-            return None
-        return transition(
-            found,
-            State.QUEUED,
-            by=Actor.OPERATOR,
-            now=utc_now(),
-            force_nonce=order.force_nonce or found.force_nonce,
-        )
-
-    return update(stores.records, record.export_id, change)
-
-
 def _refuse(order: Order, export_id: str, error: ExportError, stores: Stores) -> ExitCode:
     """Record why the trigger's export cannot even begin; unsaid, it would be launched again and again."""
     try:
@@ -207,12 +119,19 @@ def _refuse(order: Order, export_id: str, error: ExportError, stores: Stores) ->
     except IllegalTransition as held:
         log.info("left alone: %s", held.message)
         return ExitCode.DONE
-    return _give_up(claimed, error, stores)
+    return _give_up(claimed, error, order, stores)
 
 
 def _claimed(order: Order, export_id: str, stores: Stores) -> Claim:
     handed = order.lease_id if export_id == order.export_id else None
-    return claim(stores.records, export_id, execution=order.execution, handed=handed, seconds=stores.lease_seconds)
+    return claim(
+        stores.records,
+        export_id,
+        execution=order.execution,
+        handed=handed,
+        seconds=stores.lease_seconds,
+        tasks=order.task_count,
+    )
 
 
 def _run_export(
@@ -235,29 +154,44 @@ def _run_export(
     try:
         with Heartbeat(stores.records, claimed, seconds=stores.lease_seconds, stop=stop) as heartbeat:
             result = _make(claimed.record, order, stores, job, heartbeat, share)
+        if result is None:
+            log.info("part %d of %d is done, others are still at theirs", order.task_index + 1, order.task_count)
+            return ExitCode.DONE
         _commit(claimed, result, stores)
     except LeaseLost as error:
         log.warning("stopped: %s", error.message)
         return ExitCode.DONE
     except ExportError as error:
-        return _give_up(claimed, error, stores)
+        return _give_up(claimed, error, order, stores)
     except Exception as error:
         # The one broad catch: a fault of ours must end in the record, not only in a log.
         log.exception("unexpected fault")
         fault = ExportError(f"an unexpected fault: {type(error).__name__}: {error}")
-        return _give_up(claimed, fault, stores)
+        return _give_up(claimed, fault, order, stores)
     log.info("completed %s: %s", record.export_id, result.artifact.uri)
     return ExitCode.DONE
 
 
 def _make(
     record: ExportRecord, order: Order, stores: Stores, job: TrainingJob, heartbeat: Heartbeat, share: Share
-) -> Result:
+) -> Result | None:
+    """The published artifact; None while other tasks are still at their parts of it."""
+
     def token() -> str | None:
         return stores.tokens.get(record.token_ref) if record.token_ref else stores.hf_token
 
     make = partial(export_gguf, share=share) if record.export_type is ExportType.GGUF else export_merged
-    return make(stores.artifacts, job, record, engine=order.engine, token=token, hold=heartbeat, checks=stores.checks)
+    return make(
+        stores.artifacts,
+        job,
+        record,
+        engine=order.engine,
+        token=token,
+        hold=heartbeat,
+        checks=stores.checks,
+        tasks=order.tasks,
+        base_cache=stores.base_cache,
+    )
 
 
 def _commit(claimed: Claim, result: Result, stores: Stores) -> None:
@@ -286,11 +220,17 @@ def _commit(claimed: Claim, result: Result, stores: Stores) -> None:
     _drop_token(token_ref, stores)
 
 
-def _give_up(claimed: Claim, error: ExportError, stores: Stores) -> ExitCode:
-    """Record why this attempt ended: back to the queue after a passing fault, else failed."""
+def _give_up(claimed: Claim, error: ExportError, order: Order, stores: Stores) -> ExitCode:
+    """Record why this attempt ended: back to the queue after a passing fault, else failed.
+
+    After a passing fault of one of several tasks nothing is recorded: the others go on, and this one is started again.
+    """
     record = claimed.record
-    again = error.retryable and (record.attempt < stores.max_attempts or isinstance(error, Interrupted))
+    attempt = order.task_attempt + 1 if order.task_count > 1 else record.attempt
+    again = error.retryable and (attempt < stores.max_attempts or isinstance(error, Interrupted))
     log.error("%s: %s (%s)", record.export_id, error.message, error.error_code)
+    if again and order.task_count > 1:
+        return ExitCode.TRY_AGAIN
 
     token_ref: str | None = None
 

@@ -13,15 +13,16 @@ from types import TracebackType
 from typing import Protocol
 
 from dispatcher.contract import ExportRecord, Lease, State
-from dispatcher.errors import ExportError, LeaseLost, Unavailable
-from dispatcher.lifecycle import Actor, holds_live_lease, renewed, transition
+from dispatcher.errors import ExportError, IllegalTransition, LeaseLost, Unavailable
+from dispatcher.lifecycle import Actor, holds_live_lease, joined, renewed, transition
 from dispatcher.records import RecordStore, update
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
 """How often the record is read, so that a cancellation is seen."""
 WRITE_SECONDS = 2.0
-"""How often stage and progress are written at most: Firestore takes about one write a second to one document."""
+"""How often stage and progress are written at most, by all tasks together: Firestore takes about one write a second to
+one document."""
 
 
 class Interrupted(ExportError):
@@ -37,6 +38,8 @@ class Claim:
 
     record: ExportRecord
     lease_id: str
+    tasks: int = 1
+    """How many tasks of the execution may hold it together."""
 
 
 def utc_now() -> datetime:
@@ -44,25 +47,36 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-def claim(records: RecordStore, export_id: str, *, execution: str, handed: str | None, seconds: int) -> Claim:
+def claim(
+    records: RecordStore, export_id: str, *, execution: str, handed: str | None, seconds: int, tasks: int = 1
+) -> Claim:
     """Take an export, or take it over where the rules allow that.
+
+    The several tasks of one execution hold an export together: the first takes it, the others join its lease, which
+    all of them therefore know by the same id.
 
     Args:
         records: The store.
         export_id: Which export.
-        execution: Who takes it; the same execution's earlier attempt is taken over at once.
+        execution: Who takes it; the earlier attempt of an execution with one task is taken over at once.
         handed: The trigger's lease id, if it handed one.
         seconds: How long the lease is good without a heartbeat.
+        tasks: How many tasks the execution has.
 
     Raises:
         LeaseHeld: Someone else is at work on it.
-        IllegalTransition: Its state does not allow a claim.
+        IllegalTransition: Its state does not allow a claim; or a caller or the sweep queued it again, so that the tasks
+            which were at work on it may have ended, and its own message starts another execution.
     """
     lease_id = secrets.token_hex(16)
 
     def change(record: ExportRecord) -> ExportRecord:
         now = utc_now()
         lease = Lease(lease_id=lease_id, owner=execution, expires_at=now + timedelta(seconds=seconds))
+        if tasks > 1 and record.state is State.RUNNING and record.lease and record.lease.owner == execution:
+            return joined(record, execution=execution, expires_at=lease.expires_at, now=now)
+        if tasks > 1 and record.state is State.QUEUED and handed:
+            raise IllegalTransition(f"export {export_id} was queued again: its message starts another execution")
         return transition(
             record,
             State.RUNNING,
@@ -75,7 +89,8 @@ def claim(records: RecordStore, export_id: str, *, execution: str, handed: str |
             log_uri=record.log_uri if record.execution == execution else None,
         )
 
-    return Claim(update(records, export_id, change), lease_id)
+    record = update(records, export_id, change)
+    return Claim(record, record.lease.lease_id if record.lease else lease_id, tasks)
 
 
 class Heartbeat:
@@ -135,8 +150,11 @@ class Heartbeat:
     def is_ours(self) -> bool:
         """Whether nobody else can be at work on it: the lease is ours and live, or it was cancelled under us.
 
-        Asked before anything published is removed, by an attempt that may have been asleep for an hour.
+        Asked before anything published is removed, by an attempt that may have been asleep for an hour. Of several
+        tasks, each has to expect the others at work.
         """
+        if self._claim.tasks > 1:
+            return False
         try:
             record = self._records.get_export(self._claim.record.export_id)
         except ExportError as error:
@@ -174,7 +192,7 @@ class Heartbeat:
     def _is_due(self, now: float, said: tuple[str, float]) -> bool:
         """Whether the record is to be written: there is news, or a third of the lease has gone."""
         age = now - self._written
-        return age >= self._seconds / 3 or (age >= WRITE_SECONDS and said != self._said)
+        return age >= self._seconds / 3 or (age >= WRITE_SECONDS * self._claim.tasks and said != self._said)
 
     def _beaten(self, said: tuple[str, float], due: bool, record: ExportRecord) -> ExportRecord | None:
         now = utc_now()

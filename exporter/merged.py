@@ -38,7 +38,7 @@ def export_merged(
     hold: Hold,
     checks: Checks,
     tasks: Tasks,
-    base_cache: bool = True,
+    base_cache: bool,
 ) -> Result | None:
     """Make the merged model of a training job, or find it made already.
 

@@ -29,7 +29,6 @@ class _Marker(pydantic.BaseModel):
     deltas: dict[str, tuple[float, float, float, bool]]
 
 
-
 @dataclass(frozen=True)
 class Part:
     """A finished part."""

@@ -20,6 +20,8 @@ from infra.local.servers import HOST, STOP_SECONDS
 
 IMAGE_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH")
 """All that a task gets of this process's environment; in the cloud its container image brings these."""
+MAX_TASKS = 10_000
+"""https://cloud.google.com/run/quotas"""
 _CALLS_AT_ONCE = 32
 _LOOK_SECONDS = 0.05
 """How often a held call looks whether its caller is still there."""
@@ -31,8 +33,8 @@ class LocalCloudRun:
     """One Cloud Run job and its executions.
 
     A task gets the variables of its image, of the job's template and of the overrides, and nothing else. Like Cloud
-    Run, it is started again after any exit code but 0. Executions have one task; a template has no arguments;
-    operations are not stored, and a cancelled task that ignores SIGTERM goes on until the server is closed.
+    Run, it is started again after any exit code but 0. The template has one task and no arguments; operations are not
+    stored, and a cancelled task that ignores SIGTERM goes on until the server is closed.
 
     Args:
         project, region, job: The names the job goes by; any other is NOT_FOUND.
@@ -41,6 +43,7 @@ class LocalCloudRun:
         program: What the image runs.
         max_retries: How often a failed task is started again.
         retry_delay: Seconds before the first retry; it doubles each time.
+        parallelism: How many tasks of an execution run at a time, the others after them, as under a quota; None is all.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class LocalCloudRun:
         program: Sequence[str] = EXPORTER,
         max_retries: int = 3,
         retry_delay: float = 0.1,
+        parallelism: int | None = None,
     ) -> None:
         self.job = f"projects/{project}/locations/{region}/jobs/{job}"
         self.requests: list[Request] = []
@@ -65,15 +69,15 @@ class LocalCloudRun:
         self.gate.set()
         self._short_name = job
         image = {name: os.environ[name] for name in IMAGE_VARIABLES if name in os.environ}
-        task = {"CLOUD_RUN_JOB": job, "CLOUD_RUN_TASK_INDEX": "0", "CLOUD_RUN_TASK_COUNT": "1"}
         self._processes = ProcessRunner(
             log_dir,
-            {**image, **task, **environment},
+            {**image, "CLOUD_RUN_JOB": job, **environment},
             max_retries=max_retries,
             retry_delay=retry_delay,
             program=program,
             final_codes=(0,),
             inherits=False,
+            parallelism=parallelism,
         )
         self._refusals: deque[grpc.StatusCode] = deque()
         self._answers_to_lose = 0
@@ -103,7 +107,7 @@ class LocalCloudRun:
             self._answers_to_lose += times
 
     def wait(self, execution: str, timeout: float | None = None) -> int | None:
-        """The exit code of an execution's last task; None when it has not ended after `timeout` seconds."""
+        """The exit code of an execution, as `ProcessRunner.wait`; None when it has not ended in `timeout` seconds."""
         return self._processes.wait(execution, timeout)
 
     @contextmanager
@@ -143,6 +147,8 @@ class LocalCloudRun:
         overrides = list(request.overrides.container_overrides)
         if len(overrides) > 1:
             abort(context, grpc.StatusCode.INVALID_ARGUMENT, "The job has one container.")
+        if not 0 <= request.overrides.task_count <= MAX_TASKS:
+            abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"The task count must be from 1 to {MAX_TASKS}.")
         while not self.gate.wait(_LOOK_SECONDS) and context.is_active():
             pass
         if not context.is_active():
@@ -152,7 +158,7 @@ class LocalCloudRun:
         variables = {variable.name: variable.value for override in overrides for variable in override.env}
         name = f"{self._short_name}-{secrets.token_hex(4)}"
         try:
-            started = self._processes.execute(name, arguments, variables)
+            started = self._processes.execute(name, arguments, variables, tasks=request.overrides.task_count or 1)
         except Unavailable as error:
             abort(context, grpc.StatusCode.INTERNAL, error.message)
         with self._lock:
@@ -201,16 +207,18 @@ class LocalCloudRun:
         return operation
 
     def _described(self, name: str) -> run_v2.Execution:
-        code = self.wait(name, 0)
+        codes = self._processes.exit_codes(name)
         with self._lock:
             started, cancelled = self._executions[name], name in self._cancelled
-        failed = code not in (None, 0)
+        succeeded = codes.count(0)
+        running = codes.count(None)
+        failed = len(codes) - succeeded - running
         return run_v2.Execution(
             name=f"{self.job}/executions/{name}",
             log_uri=started.log_uri,
-            task_count=1,
-            running_count=int(code is None),
-            succeeded_count=int(code == 0),
-            failed_count=int(failed and not cancelled),
-            cancelled_count=int(failed and cancelled),
+            task_count=len(codes),
+            running_count=running,
+            succeeded_count=succeeded,
+            failed_count=0 if cancelled else failed,
+            cancelled_count=failed if cancelled else 0,
         )

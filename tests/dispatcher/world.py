@@ -71,18 +71,20 @@ class Machines:
 
     def __init__(self) -> None:
         self.started: dict[str, tuple[str, dict[str, str]]] = {}
+        self.tasks: dict[str, int] = {}
         self.cancelled: set[str] = set()
         self.down = False
         self.in_doubt = False
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
 
-    def start(self, job_id: str, environment: Mapping[str, str]) -> Execution:
+    def start(self, job_id: str, environment: Mapping[str, str], *, tasks: int = 1) -> Execution:
         if self.down:
             raise Unavailable("no machine is to be had")
         with self._lock:
             name = f"execution-{next(self._numbers)}"
             self.started[name] = (job_id, dict(environment))
+            self.tasks[name] = tasks
         if self.in_doubt:
             raise LaunchInDoubt("no answer came")
         return Execution(name, f"file:///logs/{name}.log")

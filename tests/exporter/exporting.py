@@ -14,6 +14,7 @@ from exporter.gguf_export import export_gguf
 from exporter.making import Checks
 from exporter.merged import export_merged
 from exporter.shared_pass import Share, SharedPass
+from exporter.tasks import Tasks
 
 QUICK = Checks(logits=False)
 """Without the logits, which take a whole model or two; they have tests of their own."""
@@ -74,7 +75,7 @@ def export(
     Raises:
         ExportError: As `export_merged`.
     """
-    return export_merged(
+    result = export_merged(
         LocalArtifacts(store) if isinstance(store, Path) else store,
         TrainingJob.from_document("job-1", {**training_document(base, adapter), **document}),
         merged_record(),
@@ -82,7 +83,11 @@ def export(
         token=lambda: None,
         hold=Undisturbed(),
         checks=checks,
+        tasks=Tasks(),
+        base_cache=True,
     )
+    assert result is not None
+    return result
 
 
 def gguf_record(quantization: str, **fields: object) -> ExportRecord:
@@ -116,7 +121,7 @@ def export_gguf_of(
     def run(quantization: str) -> Result:
         share = Share(shared)
         try:
-            return export_gguf(
+            result = export_gguf(
                 artifacts,
                 job,
                 gguf_record(quantization),
@@ -125,7 +130,11 @@ def export_gguf_of(
                 hold=Undisturbed(),
                 checks=QUICK,
                 share=share,
+                tasks=Tasks(),
+                base_cache=True,
             )
+            assert result is not None
+            return result
         finally:
             share.leave()
 

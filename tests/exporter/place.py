@@ -17,8 +17,9 @@ from dispatcher.local_artifacts import LocalArtifacts
 from dispatcher.records import update
 from dispatcher.sqlite_records import SqliteRecords
 from dispatcher.tokens import FileTokens
-from exporter.job import ExitCode, Order, Stores, run_job
+from exporter.job import ExitCode, Stores, run_job
 from exporter.lease import utc_now
+from exporter.order import Order
 from tests.exporter.exporting import NOW, QUICK, merged_record, training_document
 from tests.gemmas import make_adapter, save_base
 

@@ -21,9 +21,10 @@ from dispatcher.lifecycle import Actor, noted, transition
 from dispatcher.local_artifacts import LocalArtifacts
 from dispatcher.records import update
 from dispatcher.sqlite_records import SqliteRecords
-from exporter.job import ExitCode, Order, run_job
+from exporter.job import ExitCode, run_job
 from exporter.lease import utc_now
 from exporter.manifest import publish_manifest
+from exporter.order import Order
 from tests.exporter.damage import Tensors, edit_adapter, edit_config
 from tests.exporter.exporting import merged_into
 from tests.exporter.place import EXPORT, Interfering, Place, expired
