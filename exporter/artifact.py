@@ -140,8 +140,7 @@ class Work:
                 run["logits"] = made.logits
             publish_manifest(self.store, directory, manifest, run)
         except BaseException as error:
-            # What the next attempt can go on from stays, if there will be one.
-            _take_back(attempt, self.hold, parts=not (isinstance(error, ExportError) and error.retryable))
+            _take_back(attempt, self.hold, parts=not _goes_on(error))
             raise
         _drop_parts(attempt)
         return _result(self.store, directory, manifest, run, identity)
@@ -185,6 +184,11 @@ def _settled(store: ArtifactStore, job_id: str, identity: Identity) -> tuple[Ide
                 return identity, manifest
             log.warning("another version is made instead: %s has not the files that its manifest lists", directory)
         identity = identity.instead()
+
+
+def _goes_on(error: BaseException) -> bool:
+    """Whether there will be another attempt at this very version."""
+    return isinstance(error, ExportError) and error.retryable and error.error_code != "source_changed"
 
 
 def _take_back(attempt: Attempt, hold: Hold, *, parts: bool) -> None:
