@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 
 from dispatcher.contract import UNFINISHED, Artifact, ExportRecord, ExportType, Failure, Lease, State
 from dispatcher.errors import IllegalTransition, LeaseHeld, LeaseLost
-from dispatcher.lifecycle import MOVES, Actor, completed, delivered, failed, noted, reclaimed, renewed, transition
+from dispatcher.lifecycle import (
+    MOVES,
+    Actor,
+    completed,
+    delivered,
+    failed,
+    joined,
+    noted,
+    reclaimed,
+    renewed,
+    transition,
+)
 from tests.dispatcher.test_contract import records
 from tests.dispatcher.world import START
 
@@ -109,6 +120,23 @@ def test_who_lost_the_lease_writes_nothing_more() -> None:
         renewed(record(State.CANCELLED), holding="mine", expires_at=LATER, stage="s", progress=0, now=START)
 
 
+@given(records(), st.sampled_from(["me", "other"]), st.integers(-200, 200))
+def test_only_the_holding_execution_joins_and_nothing_but_the_lease_changes(
+    found: ExportRecord, execution: str, seconds: int
+) -> None:
+    """Live or run out: the same lease, never shorter, and no attempt of its own."""
+    until = START + timedelta(seconds=seconds)
+    held = found.state is State.RUNNING and found.lease is not None and found.lease.owner == execution
+    if not held:
+        with pytest.raises(LeaseLost):
+            joined(found, execution=execution, expires_at=until, now=START)
+        return
+    assert found.lease is not None
+    after = joined(found, execution=execution, expires_at=until, now=START)
+    same = {"lease": found.lease.model_copy(update={"expires_at": max(until, found.lease.expires_at)})}
+    assert after == found.model_copy(update={**same, "revision": found.revision + 1, "updated_at": START})
+
+
 @pytest.mark.parametrize("retryable", [True, False])
 def test_a_token_is_kept_while_a_retry_can_use_it(retryable: bool) -> None:
     """A failure for good drops it from the record."""
@@ -116,6 +144,15 @@ def test_a_token_is_kept_while_a_retry_can_use_it(retryable: bool) -> None:
     running = record(State.RUNNING, token_ref="ref")
     ended = failed(running, by=Actor.EXPORTER, error=error, now=START, holding="mine")
     assert (ended.token_ref == "ref") is retryable
+
+
+def test_progress_never_goes_back_under_one_lease() -> None:
+    """Of several tasks, each reports its own; a new claim begins anew."""
+    running = renewed(record(State.RUNNING), holding="mine", expires_at=LATER, stage="merging", progress=0.6, now=START)
+    other = renewed(running, holding="mine", expires_at=LATER, stage="planning", progress=0.1, now=START)
+    assert (other.stage, other.progress) == ("planning", 0.6)
+    again = transition(other, State.RUNNING, by=Actor.EXPORTER, now=START, lease=lease("new", "me"))
+    assert again.progress == 0.0
 
 
 def test_the_dead_letter_leaves_what_has_an_execution() -> None:
