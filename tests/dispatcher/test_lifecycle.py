@@ -120,21 +120,26 @@ def test_who_lost_the_lease_writes_nothing_more() -> None:
         renewed(record(State.CANCELLED), holding="mine", expires_at=LATER, stage="s", progress=0, now=START)
 
 
-@given(records(), st.sampled_from(["me", "other"]), st.integers(-200, 200))
-def test_only_the_holding_execution_joins_and_nothing_but_the_lease_changes(
-    found: ExportRecord, execution: str, seconds: int
-) -> None:
-    """Live or run out: the same lease, never shorter, and no attempt of its own."""
-    until = START + timedelta(seconds=seconds)
-    held = found.state is State.RUNNING and found.lease is not None and found.lease.owner == execution
-    if not held:
-        with pytest.raises(LeaseLost):
-            joined(found, execution=execution, expires_at=until, now=START)
+@given(records(), st.integers(-200, 200), st.integers(-200, 200))
+def test_a_further_task_changes_nothing_but_the_lease(found: ExportRecord, left: int, wanted: int) -> None:
+    """Live or run out: it stays the same, and is never shortened; it is no attempt of its own."""
+    running = found.model_copy(update={"state": State.RUNNING, "lease": lease(seconds=left)})
+    until = START + timedelta(seconds=wanted)
+    after = joined(running, execution="me", expires_at=until, now=START)
+    change = {"lease": lease(seconds=max(left, wanted)), "revision": found.revision + 1, "updated_at": START}
+    assert after == running.model_copy(update=change)
+    with pytest.raises(LeaseLost):
+        joined(running, execution="other", expires_at=until, now=START)
+
+
+@given(records())
+def test_what_is_not_running_is_not_joined(found: ExportRecord) -> None:
+    """Queued again, finished or cancelled: whoever begins now is no task of that claim."""
+    if found.state is State.RUNNING:
         return
-    assert found.lease is not None
-    after = joined(found, execution=execution, expires_at=until, now=START)
-    same = {"lease": found.lease.model_copy(update={"expires_at": max(until, found.lease.expires_at)})}
-    assert after == found.model_copy(update={**same, "revision": found.revision + 1, "updated_at": START})
+    owner = found.lease.owner if found.lease else "me"
+    with pytest.raises(LeaseLost):
+        joined(found, execution=owner, expires_at=LATER, now=START)
 
 
 @pytest.mark.parametrize("retryable", [True, False])
