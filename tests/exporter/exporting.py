@@ -11,6 +11,7 @@ from dispatcher.contract import ExportRecord, ExportType, State, TrainingJob
 from dispatcher.local_artifacts import LocalArtifacts
 from exporter.artifact import Result
 from exporter.gguf_export import export_gguf
+from exporter.lease import Hold
 from exporter.making import Checks
 from exporter.merged import export_merged
 from exporter.shared_pass import Share, SharedPass
@@ -75,19 +76,35 @@ def export(
     Raises:
         ExportError: As `export_merged`.
     """
-    result = export_merged(
-        LocalArtifacts(store) if isinstance(store, Path) else store,
+    artifacts = LocalArtifacts(store) if isinstance(store, Path) else store
+    result = export_part(base, adapter, artifacts, Tasks(), engine=engine, checks=checks, **document)
+    assert result is not None
+    return result
+
+
+def export_part(
+    base: Path | str,
+    adapter: Path | str,
+    store: ArtifactStore,
+    tasks: Tasks,
+    *,
+    engine: str = "streaming",
+    checks: Checks = QUICK,
+    hold: Hold | None = None,
+    **document: Any,
+) -> Result | None:
+    """As `export`, what one of several tasks does; None where others are still at theirs."""
+    return export_merged(
+        store,
         TrainingJob.from_document("job-1", {**training_document(base, adapter), **document}),
         merged_record(),
         engine=engine,
         token=lambda: None,
-        hold=Undisturbed(),
+        hold=hold or Undisturbed(),
         checks=checks,
-        tasks=Tasks(),
+        tasks=tasks,
         base_cache=True,
     )
-    assert result is not None
-    return result
 
 
 def gguf_record(quantization: str, **fields: object) -> ExportRecord:
