@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -75,6 +75,10 @@ class Hub:
     private: bool = False
     """Nothing is told without a token."""
     disabled: bool = False
+    expired: bool = False
+    """All tokens are."""
+    unlisted: bool = False
+    """The listing has names alone, as that of some mirrors."""
     broken: bool = False
     """503 to everything."""
     bytes_per_second: int | None = None
@@ -90,6 +94,8 @@ class Hub:
     """Of old ids the new one, to which the hub redirects."""
     faults: dict[str, list[Fault | None]] = field(default_factory=lambda: {"hub": [], "storage": []})
     """What happens to the next requests for ranges, in order; None lets one pass."""
+    connections: dict[str, int] = field(default_factory=lambda: {"hub": 0, "storage": 0})
+    """How many came to each of the two."""
     signatures: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
@@ -122,8 +128,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     timeout = 600
+    disable_nagle_algorithm = True  # or the body waits 40 ms for the headers' acknowledgement
     host: str
     hub: Hub
+
+    def setup(self) -> None:
+        super().setup()
+        self.hub.connections[self.host] += 1
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # the client has had enough
+            super().handle()
 
     def do_GET(self) -> None:
         self._begin(body=True)
@@ -164,10 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
             if fault.drop_after is not None and fault.drop_after < stop - start:
                 stop = start + fault.drop_after
                 self.close_connection = True
-            try:
-                send(self.connection, file.path, start, stop, self.hub.bytes_per_second)
-            except (BrokenPipeError, ConnectionResetError):
-                self.close_connection = True  # the client has had enough
+            send(self.connection, file.path, start, stop, self.hub.bytes_per_second)
         return wanted is None
 
     def log_message(self, format: str, *args: object) -> None:
@@ -185,6 +197,8 @@ class _HubHandler(_Handler):
         known = {None, *(f"Bearer {token}" for token in (TOKEN, OTHER_TOKEN, NARROW_TOKEN))}
         if authorization not in known:
             return self._answer(HTTPStatus.UNAUTHORIZED, {"X-Error-Message": _INVALID})
+        if hub.expired and authorization:
+            return self._answer(HTTPStatus.UNAUTHORIZED, {"X-Error-Message": 'User Access Token "ann" is expired'})
         for old, new in hub.renamed.items():
             if f"/{old}/" in f"{path}/":
                 moved = self.path.replace(old, new, 1)
@@ -246,10 +260,9 @@ class _HubHandler(_Handler):
         elif "/tree/" in path:
             answer = [file.in_tree() for file in files]
         else:
-            blobs = "blobs" in parse_qs(urlsplit(self.path).query)
+            blobs = "blobs" in parse_qs(urlsplit(self.path).query) and not self.hub.unlisted
             siblings = [file.as_sibling() if blobs else {"rfilename": file.path.name} for file in files]
             answer = {"id": model_id, "modelId": model_id, "sha": COMMIT, "siblings": siblings}
-            answer |= {"gated": "manual" if self.hub.gated else False, "private": self.hub.private}
         return self._answer(HTTPStatus.OK, {"Content-Type": "application/json"}, json.dumps(answer).encode())
 
 

@@ -7,9 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from infra.local.hub import COMMIT, NARROW_TOKEN, OTHER_TOKEN, TOKEN, Fault, Hub, serving
 
-__all__ = ["COMMIT", "NARROW_TOKEN", "OTHER_TOKEN", "TOKEN", "Fault", "Hub", "hub_serving", "in_a_process"]
+__all__ = [
+    "COMMIT",
+    "NARROW_TOKEN",
+    "OTHER_TOKEN",
+    "TOKEN",
+    "Fault",
+    "Hub",
+    "hub_serving",
+    "in_a_process",
+    "pointing_at",
+]
 
 
 @contextmanager
@@ -17,6 +29,17 @@ def hub_serving(directory: Path) -> Iterator[Hub]:
     """Serve the files of `directory` as `google/tiny` until the block ends."""
     with serving(Hub(directory)) as hub:
         yield hub
+
+
+def pointing_at(hub: Hub, patch: pytest.MonkeyPatch, cache: Path | None = None) -> None:
+    """Let the client in this process speak to this hub: it has read HF_ENDPOINT and HF_HUB_OFFLINE when imported."""
+    from huggingface_hub import constants
+
+    patch.setattr(constants, "ENDPOINT", hub.url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    if cache:
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
 
 
 def in_a_process(hub: Hub, cache: Path, code: str, *arguments: str) -> list[str]:
