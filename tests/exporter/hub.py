@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.hub import COMMIT, NARROW_TOKEN, OTHER_TOKEN, TOKEN, Fault, Hub, serving
+from infra.local.hub import serving
+from infra.local.hub_state import COMMIT, NARROW_TOKEN, OTHER_TOKEN, TOKEN, Fault, Hub
 
 __all__ = [
     "COMMIT",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -165,6 +166,23 @@ def test_each_refusal_says_what_to_do(
     assert "google/tiny" in raised.value.message
     assert "TokenOf" not in raised.value.message
     assert raised.value.retryable == (code == "hub_unavailable")
+
+
+def test_looking_up_leaves_no_token_in_a_log_or_a_url(nearby: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    """Nor a signature: of a large file, the hub's answer to a HEAD has one."""
+    for name in ("", "httpx", "httpcore", "urllib3", "huggingface_hub"):
+        caplog.set_level(logging.DEBUG, logger=name)
+    nearby.gated = True
+    look_up("google/tiny", None, TOKEN)
+    for token in (OTHER_TOKEN, NARROW_TOKEN, WRONG):
+        with pytest.raises(SourceError) as raised:
+            look_up("google/tiny", None, token)
+        assert raised.value.__cause__ is None
+        assert raised.value.__suppress_context__
+    texts = [record.getMessage() + str(record.exc_text) for record in caplog.records]
+    assert any("httpcore" in record.name for record in caplog.records)
+    assert not [text for text in texts if "TokenOf" in text or "secret" in text]
+    assert not [path for path in nearby.paths if "TokenOf" in path]
 
 
 def test_a_hub_that_cannot_be_reached_is_a_passing_fault(nearby: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
