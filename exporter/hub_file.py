@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from email.message import Message
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Self
@@ -15,7 +14,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 
 from dispatcher.errors import SourceError, Unavailable
 from exporter.hub_errors import changed_on_hub, refuse
-from exporter.hub_http import Answer, Connections
+from exporter.hub_http import Answer, Connections, Headers
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +251,7 @@ def _persisting(file: HubFile, action: Callable[[], None], fruitless: Callable[[
         ) from None
 
 
-def _asked_seconds(headers: Message) -> float:
+def _asked_seconds(headers: Headers) -> float:
     """What Retry-After says, in seconds or as a date; 0 without one.
 
     Source: https://www.rfc-editor.org/rfc/rfc9110.html#field.retry-after

@@ -1,19 +1,22 @@
 """Asks for a file on the hub and follows to the host that has its bytes; the token is for the hub alone.
 
-By http.client: it reads into memory of the caller's as bytes come, and it logs no URL, where a signed one is a key.
-httpx, which huggingface_hub uses, takes six times the CPU for the same bytes.
+By requests, which carries the bytes for as little CPU as http.client does; httpx, which huggingface_hub uses, takes
+several times as much.
 """
 
-import base64
 import http.client
-import ssl
-import threading
+import logging
+from collections.abc import Mapping
 from contextlib import suppress
-from email.message import Message
-from urllib.parse import SplitResult, unquote, urljoin, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from typing import TYPE_CHECKING
+from urllib.parse import urljoin, urlsplit
+
+if TYPE_CHECKING:
+    import requests
 
 MAX_REDIRECTS = 8
+KEPT_CONNECTIONS = 16
+"""To each host, open between answers"""
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _DRAINED_BYTES = 64 << 10
 """A body that nobody wants is read to keep the connection, up to this size."""
@@ -21,15 +24,8 @@ _PORTS = {"http": 80, "https": 443}
 
 Origin = tuple[str, str, int]
 """Scheme, host and port"""
-
-
-class _Response(http.client.HTTPResponse):
-    def receive(self, view: memoryview) -> int:
-        # `readinto` waits until the view is full, and forgets how far it came when the connection breaks.
-        count: int = self.fp.readinto1(view[: self.length])
-        if self.length is not None:
-            self.length -= count
-        return count
+Headers = Mapping[str, str]
+"""By name, in whatever case"""
 
 
 class Answer:
@@ -40,42 +36,39 @@ class Answer:
         headers: Of the last host's answer.
         of_hub: The headers of each answer that the hub itself gave, in order.
         from_hub: Whether the last answer is the hub's own.
-        url: What was asked for at last; a secret, since it may be signed.
     """
 
-    def __init__(
-        self, connections: "Connections", held: "_Held", response: _Response, url: str, of_hub: list[Message]
-    ) -> None:
-        self._connections, self._held, self._response = connections, held, response
-        self.status, self.headers, self.url, self.of_hub = response.status, response.headers, url, of_hub
-        self.from_hub = response.headers is of_hub[-1]
+    def __init__(self, response: "requests.Response", of_hub: list[Headers], *, from_hub: bool) -> None:
+        self._response = response
+        self.status: int = response.status_code
+        self.headers: Headers = response.headers
+        self.of_hub = of_hub
+        self.from_hub = from_hub
 
     @property
     def length(self) -> int | None:
         """Bytes of the body that are left; None where they were not told."""
-        return self._response.length
+        left: int | None = self._response.raw.length_remaining
+        return left
 
     def receive(self, view: memoryview) -> int:
         """Put what comes next at the beginning of `view`; how many bytes, 0 at the body's end.
 
         Raises:
-            OSError, http.client.HTTPException: The connection broke or was silent for too long.
+            OSError: The connection broke or was silent for too long.
         """
-        return self._response.receive(view)
+        from urllib3.exceptions import HTTPError
+
+        try:
+            data: bytes = self._response.raw.read1(len(view), decode_content=False)
+        except HTTPError as error:
+            raise ConnectionError(type(error).__name__) from None
+        view[: len(data)] = data
+        return len(data)
 
     def close(self) -> None:
         """Give the connection back where nothing of the body is left, and else end it."""
-        keep = self._response.length == 0 and not self._response.will_close
         self._response.close()
-        self._connections.release(self._held, keep=keep)
-
-
-class _Held:
-    """A connection that one answer has."""
-
-    def __init__(self, origin: Origin, connection: http.client.HTTPConnection) -> None:
-        self.origin = origin
-        self.connection = connection
 
 
 class Connections:
@@ -87,12 +80,19 @@ class Connections:
     """
 
     def __init__(self, token: str | None, timeout_seconds: float) -> None:
+        import requests
+        from requests.adapters import HTTPAdapter
+
+        # It would write every URL into the debug log, and a signed one is a key.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)
         self._token = token
         self._timeout_seconds = timeout_seconds
-        self._idle: dict[Origin, list[_Held]] = {}
-        self._lock = threading.Lock()
-        self._closed = False
-        self._tls: ssl.SSLContext | None = None
+        self._session = requests.Session()
+        self._session.auth = _unchanged  # else a login for the host is looked for in ~/.netrc
+        self._session.headers.clear()
+        self._session.headers.update({"User-Agent": "gemma-export", "Accept-Encoding": "identity"})
+        for scheme in _PORTS:
+            self._session.mount(f"{scheme}://", HTTPAdapter(pool_maxsize=KEPT_CONNECTIONS, max_retries=0))
 
     def ask(self, method: str, url: str, range_header: str | None = None) -> Answer:
         """Ask the hub, and follow where it sends us; a HEAD stays with the hub.
@@ -105,97 +105,37 @@ class Connections:
         Raises:
             OSError, http.client.HTTPException: There is no answer, or it sends us round in circles or off HTTPS.
         """
-        hub, of_hub = origin_of(url), list[Message]()
+        hub, of_hub = origin_of(url), list[Headers]()
         for _ in range(MAX_REDIRECTS):
-            held, response = self._exchange(method, url, range_header, with_token=origin_of(url) == hub)
-            if origin_of(url) == hub:
+            is_hub = origin_of(url) == hub
+            headers = {"Range": range_header} if range_header else {}
+            if self._token and is_hub:
+                headers["Authorization"] = f"Bearer {self._token}"
+            response = self._session.request(
+                method, url, headers=headers, stream=True, allow_redirects=False, timeout=self._timeout_seconds
+            )
+            if is_hub:
                 of_hub.append(response.headers)
-            answer = Answer(self, held, response, url, of_hub)
+            answer = Answer(response, of_hub, from_hub=is_hub)
             location = response.headers.get("Location")
-            if response.status not in _REDIRECTS or location is None:
+            if answer.status not in _REDIRECTS or location is None:
                 return answer
             target = followed(url, location)
             if method == "HEAD" and origin_of(target) != hub:
                 return answer
-            if response.length is not None and response.length <= _DRAINED_BYTES:
-                response.read()
+            if answer.length is not None and answer.length <= _DRAINED_BYTES:
+                response.raw.drain_conn()
             answer.close()
             url = target
         raise http.client.HTTPException(f"more than {MAX_REDIRECTS} redirects")
 
-    def release(self, held: _Held, *, keep: bool) -> None:
-        """Take back a connection that an answer had."""
-        with self._lock:
-            keep = keep and not self._closed
-            if keep:
-                self._idle.setdefault(held.origin, []).append(held)
-        if not keep:
-            held.connection.close()
-
     def close(self) -> None:
         """End all connections that no answer has; those end with their answers."""
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, {}
-        for held in (held for several in idle.values() for held in several):
-            held.connection.close()
+        self._session.close()
 
-    def _exchange(
-        self, method: str, url: str, range_header: str | None, *, with_token: bool
-    ) -> tuple[_Held, _Response]:
-        headers = {"User-Agent": "gemma-export", "Accept-Encoding": "identity"}
-        if range_header:
-            headers["Range"] = range_header
-        if self._token and with_token:
-            headers["Authorization"] = f"Bearer {self._token}"
-        parts = urlsplit(url)
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        held = self._take(origin_of(url))
-        reused = held is not None
-        held = held or _Held(origin_of(url), self._connected_to(parts))
-        try:
-            held.connection.request(method, target, headers=headers)
-            response = held.connection.getresponse()
-        except BaseException as error:
-            held.connection.close()
-            if not (reused and isinstance(error, ConnectionError)):
-                raise
-            # The host has ended it meanwhile, as it does with idle ones: no reason to wait.
-            return self._exchange(method, url, range_header, with_token=with_token)
-        assert isinstance(response, _Response)  # noqa: S101  # the connection's response_class
-        return held, response
 
-    def _take(self, origin: Origin) -> _Held | None:
-        with self._lock:
-            several = self._idle.get(origin)
-            return several.pop() if several else None
-
-    def _connected_to(self, parts: SplitResult) -> http.client.HTTPConnection:
-        scheme, host, port = origin_of(parts.geturl())
-        # As huggingface_hub does, so that its requests and ours take one way.
-        proxy = None if proxy_bypass(host) else getproxies().get(scheme)
-        through = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else None
-        near = (through.hostname or "", through.port or 80) if through else (host, port)
-        if scheme == "https":
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                *near, timeout=self._timeout_seconds, context=self._trusted()
-            )
-        else:
-            connection = http.client.HTTPConnection(*near, timeout=self._timeout_seconds)
-        connection.response_class = _Response
-        if through:
-            account = f"{unquote(through.username or '')}:{unquote(through.password or '')}".encode()
-            known = {"Proxy-Authorization": f"Basic {base64.b64encode(account).decode()}"} if through.username else {}
-            connection.set_tunnel(host, port, known)
-        return connection
-
-    def _trusted(self) -> ssl.SSLContext:
-        import httpx
-
-        with self._lock:
-            # Whom huggingface_hub's own requests trust.
-            self._tls = self._tls or httpx.create_ssl_context()
-            return self._tls
+def _unchanged(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
+    return request
 
 
 def origin_of(url: str) -> Origin:

@@ -4,14 +4,12 @@ import http.client
 import logging
 import random
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import pytest
@@ -21,7 +19,6 @@ from exporter.byte_source import ByteSource, read_bytes
 from exporter.hub_file import HubFile, Patience
 from exporter.hub_http import followed, origin_of
 from infra.local.hub_files import stored
-from infra.local.servers import in_thread
 from tests.exporter.hub import COMMIT, OTHER_TOKEN, TOKEN, Fault, Hub, hub_serving, pointing_at
 
 SIZE = 3_000_000
@@ -285,37 +282,3 @@ def test_another_port_or_scheme_is_another_host() -> None:
     origins = ["https://hub.test", "http://hub.test", "https://hub.test:444", "https://cdn.hub.test"]
     assert len({origin_of(url) for url in origins}) == len(origins)
     assert origin_of("https://HUB.test:443/x") == origin_of("https://hub.test/y")
-
-
-class _Tunnel(StreamRequestHandler):
-    """A proxy: CONNECT, and then whatever comes."""
-
-    asked: list[str]
-
-    def handle(self) -> None:
-        self.asked.append(self.rfile.readline().decode().split()[1])
-        while self.rfile.readline().strip():
-            pass
-        host, _, port = self.asked[-1].rpartition(":")
-        with socket.create_connection((host, int(port))) as far:
-            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
-            back = threading.Thread(target=_copy, args=(far, self.connection))
-            back.start()
-            _copy(self.connection, far)
-            back.join()
-
-
-def _copy(source: socket.socket, target: socket.socket) -> None:
-    while data := source.recv(65_536):
-        target.sendall(data)
-    target.shutdown(socket.SHUT_WR)
-
-
-def test_a_proxy_of_the_environment_is_used(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by huggingface_hub; it is shown no token, and no more of a URL than the host."""
-    asked: list[str] = []
-    with ThreadingTCPServer(("127.0.0.1", 0), type("Tunnel", (_Tunnel,), {"asked": asked})) as proxy, in_thread(proxy):
-        monkeypatch.setenv("http_proxy", f"http://ann:word@127.0.0.1:{proxy.server_address[1]}")
-        monkeypatch.setenv("no_proxy", "elsewhere.test")
-        assert streamed(file_of(hub), 0, SIZE, SIZE) == (hub.directory / "model.safetensors").read_bytes()
-    assert asked == [url.removeprefix("http://") for url in (hub.url, hub.storage_url)]
