@@ -1,7 +1,7 @@
 """Where artifacts lie: create-only files under a root, each with its size and crc32c."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -57,6 +57,16 @@ class ArtifactWriter(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class ComposedFile:
+    """A file that others of the store were put together into."""
+
+    stored: StoredFile
+    """Its `name` is the last part of the path."""
+    withdraw: Callable[[], None]
+    """As `ArtifactWriter.withdraw`."""
+
+
 class ArtifactReader(Protocol):
     """A published file, open: every byte comes from the very file that was there when it was opened."""
 
@@ -87,6 +97,26 @@ class ArtifactStore(Protocol):
 
         Raises:
             StorageFull: There is no room for `size` bytes.
+        """
+
+    def compose(self, path: str, parts: Sequence[str], *, scratch: str | None = None) -> ComposedFile:
+        """Publish the file that is all of `parts`, in order: paths inside the store, which stay as they are.
+
+        In Cloud Storage no byte of them passes through this process. Size and crc32c of the result are compared with
+        those of the parts together.
+
+        Args:
+            path: Where to; appears whole, or not at all.
+            parts: At least one.
+            scratch: A folder inside the store for what a composition of very many parts makes on the way, and removes
+                again unless it is killed; by default that of the first part.
+
+        Raises:
+            ArtifactConflict: The name is taken by other content. The same content counts as success.
+            NotFound: A part is not there (`file_not_found`).
+            Unavailable: A part was deleted or replaced meanwhile (`source_changed`), or the result is not what the
+                parts are together, and was removed (`upload_corrupted`).
+            StorageFull: No room; what was written is removed.
         """
 
     def children(self, path: str) -> list[str]:
@@ -176,6 +206,17 @@ def checked_path(path: str) -> str:
     if not path or "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
         raise Misconfigured(f"{path!r} is no path inside the artifact store: expected a/b/c without '..'")
     return path
+
+
+def checked_parts(parts: Sequence[str]) -> list[str]:
+    """Paths inside a store, as they were given.
+
+    Raises:
+        Misconfigured: There are none, or one leads out of the store.
+    """
+    if not parts:
+        raise Misconfigured("no file is put together of no parts: expected one at least")
+    return [checked_path(part) for part in parts]
 
 
 def file_uri(uri: str, name: str) -> str:

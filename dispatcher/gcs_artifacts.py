@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Self
@@ -16,12 +16,15 @@ from dispatcher.artifacts import (
     SMALL_FILE_LIMIT,
     ArtifactReader,
     ArtifactWriter,
+    ComposedFile,
     StoredFile,
+    checked_parts,
     checked_path,
     read_whole,
 )
 from dispatcher.contract import fingerprint_of
 from dispatcher.errors import Misconfigured, NotFound, SourceError, Unavailable
+from dispatcher.gcs_compose import GcsComposer
 from dispatcher.gcs_signing import UrlSigner
 from dispatcher.gcs_upload import CHUNK_BYTES, GcsWriter
 from dispatcher.google_errors import translating
@@ -85,6 +88,12 @@ class GcsArtifacts:
 
     def create(self, path: str, *, size: int | None = None) -> ArtifactWriter:
         return GcsWriter(self._blob(self._bucket, checked_path(path)), self._retry, self._chunk_bytes)
+
+    def compose(self, path: str, parts: Sequence[str], *, scratch: str | None = None) -> ComposedFile:
+        sources = checked_parts(parts)
+        between = checked_path(scratch) if scratch else sources[0].rpartition("/")[0] or "scratch"
+        composer = GcsComposer(self._client.bucket(self._bucket), self._retry, self._timeout)
+        return composer.compose(checked_path(path), sources, between)
 
     def children(self, path: str) -> list[str]:
         prefix = f"{checked_path(path)}/"

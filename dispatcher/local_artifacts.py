@@ -5,6 +5,7 @@ import fcntl
 import os
 import secrets
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
@@ -13,8 +14,10 @@ from dispatcher.artifacts import (
     SMALL_FILE_LIMIT,
     ArtifactReader,
     ArtifactWriter,
+    ComposedFile,
     StoredFile,
     byte_view,
+    checked_parts,
     checked_path,
     path_of,
     read_whole,
@@ -43,6 +46,22 @@ class LocalArtifacts:
 
     def create(self, path: str, *, size: int | None = None) -> ArtifactWriter:
         return _LocalWriter(self, self._inside(path), size or 0)
+
+    def compose(self, path: str, parts: Sequence[str], *, scratch: str | None = None) -> ComposedFile:
+        files = [self._inside(part) for part in checked_parts(parts)]
+        sizes = []
+        for file in files:
+            with LocalReader(file) as reader:
+                sizes.append(reader.size)
+        writer = self.create(path, size=sum(sizes))
+        try:
+            for file in files:
+                with LocalReader(file) as reader:
+                    for start in range(0, reader.size, _BLOCK):
+                        writer.write(reader.read(start, _BLOCK))
+            return ComposedFile(writer.commit(), writer.withdraw)
+        finally:
+            writer.discard()
 
     def children(self, path: str) -> list[str]:
         top = self._inside(path)

@@ -33,7 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs.configure(sys.stderr, {"job_id": args.job_id})
     try:
         settings = Settings.from_env()
-        fields = {"job_id": args.job_id, "execution": settings.execution, "traceparent": settings.traceparent}
+        fields = {
+            "job_id": args.job_id,
+            "execution": settings.execution,
+            "task": settings.task_index if settings.task_count > 1 else None,
+            "traceparent": settings.traceparent,
+        }
         logs.configure(sys.stderr, fields, project_id=settings.project_id)
         if not is_job_id(args.job_id):
             raise InvalidRequest(f"{args.job_id[:80]!r} is not a job id.", code="job_id_invalid")

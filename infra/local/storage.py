@@ -1,17 +1,21 @@
 """Cloud Storage on this machine: fake-gcs-server, behind a proxy that adds what the real service does and it lacks.
 
-That is: preconditions on reads and deletes, preconditions and lost answers of resumable uploads, checksums of uploads;
-and, for tests, faults on demand. What fake-gcs-server checks itself is `ifGenerationMatch` on one-request uploads, so a
-finished session becomes one of those. Source: https://cloud.google.com/storage/docs/request-preconditions
+That is: preconditions on reads, deletes and compositions, preconditions and lost answers of resumable uploads,
+checksums of uploads; and faults on demand for tests, and connections of a given speed for benches. What fake-gcs-server
+checks itself is `ifGenerationMatch` on one-request uploads, so a finished session becomes one of those.
+Source: https://cloud.google.com/storage/docs/request-preconditions
 """
 
+import argparse
 import http.client
 import itertools
 import json
 import re
 import secrets
+import signal
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -22,11 +26,14 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 from requests.structures import CaseInsensitiveDict
 
+from infra.local.composing import compose_fault
+from infra.local.pace import Pace
 from infra.local.servers import HOST, fake_gcs, in_thread
 from infra.local.uploads import Answer, Session, Upload, multipart_fault, refusal
 
 _HOP_BY_HOP = frozenset({"connection", "content-length", "date", "keep-alive", "transfer-encoding"})
 _OBJECT = re.compile(r"(?:/download)?(/storage/v1/b/[^/]+/o/[^/]+)")
+_COMPOSED = re.compile(r"(/storage/v1/b/[^/]+/o/)[^/]+/compose")
 _UPLOADS = re.compile(r"(?:/resumable)?/upload/storage/v1/b/([^/]+)/o")
 _REFUSED = refusal(HTTPStatus.PRECONDITION_FAILED, "At least one of the pre-conditions you specified did not hold.")
 
@@ -74,19 +81,22 @@ class StorageProxy(ThreadingHTTPServer):
     Attributes:
         url: Where it answers.
         upstream: `host:port` of fake-gcs-server.
+        bytes_per_second: How many each connection carries, in each direction; None is as many as can.
         requests: Every request so far, as method, target and size of the body in bytes.
     """
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, bytes_per_second: float | None = None) -> None:
         super().__init__((HOST, 0), _Handler)
+        self.bytes_per_second = bytes_per_second
         self.url = f"http://{HOST}:{self.server_port}"
         self.upstream = ""
         self.requests: list[tuple[str, str, int]] = []
         self._planned: list[_Planned] = []
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
+        self._composing = threading.Lock()
 
     def fail(self, fault: Fault, method: str, part: str, *, skip: int = 0, times: int = 1) -> None:
         """Let something happen to the next requests of a method whose target contains `part`, after `skip` others."""
@@ -121,6 +131,8 @@ class StorageProxy(ThreadingHTTPServer):
             if session is None:
                 return refusal(HTTPStatus.NOT_FOUND, "no such upload")
             return session.cancel() if request.method == "DELETE" else session.put(request.headers, request.body)
+        if (composed := _COMPOSED.fullmatch(request.path)) and request.method == "POST":
+            return self._composed(request, composed[1], wanted)
         uploads, named = _UPLOADS.fullmatch(request.path), _OBJECT.fullmatch(request.path)
         if uploads and request.method == "POST" and request.query("uploadType") == "resumable":
             return self._initiated(request, uploads[1], wanted)
@@ -154,6 +166,15 @@ class StorageProxy(ThreadingHTTPServer):
             self._sessions[session.id] = session
         location = f"{self.url}{request.path}?uploadType=resumable&upload_id={session.id}"
         return Answer(HTTPStatus.OK, {"Location": location})
+
+    def _composed(self, request: Request, objects: str, wanted: str | None) -> Answer:
+        with self._composing:  # else two could find the same name free
+            fault = compose_fault(request.body, lambda name: self._generation(f"{objects}{quote(name, safe='')}"))
+            if fault is not None:
+                return fault
+            if wanted is not None and self._generation(request.path.removesuffix("/compose")) != wanted:
+                return _REFUSED
+            return self._forwarded(request)
 
     def _stored(self, target: str, upload: Upload) -> Answer:
         boundary = secrets.token_hex(16)
@@ -198,8 +219,12 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     server: StorageProxy
 
+    def setup(self) -> None:
+        super().setup()
+        self._in, self._out = (Pace(self.server.bytes_per_second) for _ in range(2))
+
     def _serve(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._in.read(self.rfile, int(self.headers.get("Content-Length") or 0))
         request = Request(self.command, self.path, CaseInsensitiveDict(self.headers.items()), body)
         fault = self.server.fault_of(request)
         if fault is Fault.DROPPED:
@@ -215,19 +240,23 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, text)
         self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
-        self.wfile.write(answer.body)
+        self._out.write(self.wfile, answer.body)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _serve
 
 
 @contextmanager
-def storage_proxy(directory: Path | None) -> Iterator[StorageProxy]:
+def storage_proxy(directory: Path | None, *, bytes_per_second: float | None = None) -> Iterator[StorageProxy]:
     """Cloud Storage with its objects under a directory, or in memory; for tests, which want faults.
+
+    Args:
+        directory: Where objects lie; None keeps them in memory.
+        bytes_per_second: How many each connection carries, in each direction; None is as many as can.
 
     Raises:
         MissingServerError: fake-gcs-server is not on this machine.
     """
-    with StorageProxy() as proxy, fake_gcs(directory, public_url=proxy.url) as upstream:
+    with StorageProxy(bytes_per_second) as proxy, fake_gcs(directory, public_url=proxy.url) as upstream:
         proxy.upstream = urlsplit(upstream).netloc
         with in_thread(proxy):
             yield proxy
@@ -246,3 +275,27 @@ def _generation_in(body: bytes) -> str:
         return str(json.loads(body).get("generation", "0"))
     except (ValueError, AttributeError):
         return "0"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve a bucket until SIGTERM or Ctrl-C; prints the server's URL when it answers."""
+    parser = argparse.ArgumentParser(prog="python -m infra.local.storage", description="Cloud Storage on this machine.")
+    parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="where objects lie")
+    parser.add_argument("--bucket", required=True, help="made if it is not there")
+    parser.add_argument("--bytes-per-second", type=float, help="of each connection, in each direction")
+    args = parser.parse_args(arguments)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with storage_proxy(args.directory, bytes_per_second=args.bytes_per_second) as proxy:
+        request = Request("POST", "/storage/v1/b?project=local", {}, json.dumps({"name": args.bucket}).encode())
+        made = proxy.answer(request).status
+        if made not in (HTTPStatus.OK, HTTPStatus.CONFLICT):
+            raise RuntimeError(f"bucket {args.bucket!r} cannot be made: {made}")
+        print(proxy.url, flush=True)  # noqa: T201  # this is the output
+        stop.wait()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

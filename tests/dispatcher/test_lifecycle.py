@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 
 from dispatcher.contract import UNFINISHED, Artifact, ExportRecord, ExportType, Failure, Lease, State
 from dispatcher.errors import IllegalTransition, LeaseHeld, LeaseLost
-from dispatcher.lifecycle import MOVES, Actor, completed, delivered, failed, noted, reclaimed, renewed, transition
+from dispatcher.lifecycle import (
+    MOVES,
+    Actor,
+    completed,
+    delivered,
+    failed,
+    joined,
+    noted,
+    reclaimed,
+    renewed,
+    transition,
+)
 from tests.dispatcher.test_contract import records
 from tests.dispatcher.world import START
 
@@ -109,6 +120,28 @@ def test_who_lost_the_lease_writes_nothing_more() -> None:
         renewed(record(State.CANCELLED), holding="mine", expires_at=LATER, stage="s", progress=0, now=START)
 
 
+@given(records(), st.integers(-200, 200), st.integers(-200, 200))
+def test_a_further_task_changes_nothing_but_the_lease(found: ExportRecord, left: int, wanted: int) -> None:
+    """Live or run out: it stays the same, and is never shortened; it is no attempt of its own."""
+    running = found.model_copy(update={"state": State.RUNNING, "lease": lease(seconds=left)})
+    until = START + timedelta(seconds=wanted)
+    after = joined(running, execution="me", expires_at=until, now=START)
+    change = {"lease": lease(seconds=max(left, wanted)), "revision": found.revision + 1, "updated_at": START}
+    assert after == running.model_copy(update=change)
+    with pytest.raises(LeaseLost):
+        joined(running, execution="other", expires_at=until, now=START)
+
+
+@given(records())
+def test_what_is_not_running_is_not_joined(found: ExportRecord) -> None:
+    """Queued again, finished or cancelled: whoever begins now is no task of that claim."""
+    if found.state is State.RUNNING:
+        return
+    owner = found.lease.owner if found.lease else "me"
+    with pytest.raises(LeaseLost):
+        joined(found, execution=owner, expires_at=LATER, now=START)
+
+
 @pytest.mark.parametrize("retryable", [True, False])
 def test_a_token_is_kept_while_a_retry_can_use_it(retryable: bool) -> None:
     """A failure for good drops it from the record."""
@@ -116,6 +149,15 @@ def test_a_token_is_kept_while_a_retry_can_use_it(retryable: bool) -> None:
     running = record(State.RUNNING, token_ref="ref")
     ended = failed(running, by=Actor.EXPORTER, error=error, now=START, holding="mine")
     assert (ended.token_ref == "ref") is retryable
+
+
+def test_progress_never_goes_back_under_one_lease() -> None:
+    """Of several tasks, each reports its own; a new claim begins anew."""
+    running = renewed(record(State.RUNNING), holding="mine", expires_at=LATER, stage="merging", progress=0.6, now=START)
+    other = renewed(running, holding="mine", expires_at=LATER, stage="planning", progress=0.1, now=START)
+    assert (other.stage, other.progress) == ("planning", 0.6)
+    again = transition(other, State.RUNNING, by=Actor.EXPORTER, now=START, lease=lease("new", "me"))
+    assert again.progress == 0.0
 
 
 def test_the_dead_letter_leaves_what_has_an_execution() -> None:

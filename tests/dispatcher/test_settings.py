@@ -76,6 +76,9 @@ def test_a_child_process_opens_the_same_stores() -> None:
         ("LEASE_SECONDS", "99999999999999999999"),
         ("MAX_ATTEMPTS", "٣"),
         ("CLOUD_RUN_TASK_ATTEMPT", "x"),
+        ("CLOUD_RUN_TASK_COUNT", "0"),
+        ("CLOUD_RUN_TASK_INDEX", "1"),
+        ("BASE_CACHE", "always"),
         ("ENGINE", "magic"),
         ("RECORDS_URL", "postgres://x"),
         ("TOKENS_URL", "/plain/path"),
@@ -93,3 +96,22 @@ def test_a_bad_value_is_named_with_what_was_expected(name: str, value: str) -> N
 def test_an_empty_variable_counts_as_not_set() -> None:
     """As deployment tools leave them behind."""
     assert Settings.from_env({"PROJECT_ID": "", "LEASE_SECONDS": " "}) == Settings.from_env({})
+
+
+def test_a_task_is_one_of_its_executions() -> None:
+    """Cloud Run counts from 0."""
+    count = {"CLOUD_RUN_TASK_COUNT": "4"}
+    settings = Settings.from_env({**count, "CLOUD_RUN_TASK_INDEX": "3", "CLOUD_RUN_TASK_ATTEMPT": "2"})
+    assert (settings.task_index, settings.task_count, settings.task_attempt) == (3, 4, 2)
+    with pytest.raises(Misconfigured, match="CLOUD_RUN_TASK_INDEX is '4': expected a whole number from 0 to 3"):
+        Settings.from_env({**count, "CLOUD_RUN_TASK_INDEX": "4"})
+    alone = Settings.from_env({})
+    assert (alone.task_index, alone.task_count) == (0, 1)
+
+
+def test_a_child_process_caches_bases_as_its_parent_was_told() -> None:
+    """As its engine and its budget."""
+    for value in ("auto", "never"):
+        settings = Settings.from_env({"BASE_CACHE": value})
+        assert settings.base_cache is (value == "auto")
+        assert Settings.from_env(settings.to_environment()).base_cache is settings.base_cache

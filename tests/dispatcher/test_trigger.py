@@ -1,5 +1,6 @@
 """One execution per export, however often its message is delivered and whatever dies on the way."""
 
+import sqlite3
 import threading
 
 import pytest
@@ -21,6 +22,19 @@ def test_a_message_starts_an_execution_and_notes_it(world: World) -> None:
     job_id, environment = world.machines.started["execution-1"]
     assert job_id == "job"
     assert environment == {"EXPORT_ID": "job.merged", "LEASE_ID": record.lease.lease_id}
+
+
+@pytest.mark.parametrize(("base", "tasks"), [("google/gemma-3-27b-it", 4), ("google/gemma-3-1b-it", 1), (None, 1)])
+def test_an_execution_has_the_tasks_that_its_base_is_worth(world: World, base: str | None, tasks: int) -> None:
+    """One where the training job is damaged: enough to say so."""
+    world.job(base_model_id="google/gemma-3-4b-it")
+    world.submit()
+    with sqlite3.connect(world.home / "records.db") as database:
+        change = "UPDATE training_jobs SET document = json_set(document, '$.base_model_id', ?)"
+        database.execute(change, (base,))
+    database.close()
+    world.trigger.start(MESSAGE)
+    assert world.machines.tasks == {"execution-1": tasks}
 
 
 def test_a_hundred_deliveries_at_once_start_one_execution(world: World) -> None:
@@ -115,7 +129,7 @@ def test_a_launch_that_died_is_tried_again_after_its_lease(world: World) -> None
     class Dies(BaseException):
         pass
 
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         raise Dies
 
     world.job()
@@ -164,8 +178,8 @@ def test_an_exporter_faster_than_the_note_keeps_its_claim_and_gets_its_log(world
     world.submit()
     start = world.machines.start
 
-    def claimed_at_once(job_id: str, environment: dict[str, str]) -> object:
-        execution = start(job_id, environment)
+    def claimed_at_once(job_id: str, environment: dict[str, str], *, tasks: int) -> object:
+        execution = start(job_id, environment, tasks=tasks)
         world.claim(execution=execution.name)
         if ending == "complete":
             world.complete()
@@ -184,8 +198,8 @@ def test_an_execution_that_was_too_late_is_not_noted(world: World) -> None:
     world.submit()
     start = world.machines.start
 
-    def overtaken(job_id: str, environment: dict[str, str]) -> object:
-        execution = start(job_id, environment)
+    def overtaken(job_id: str, environment: dict[str, str], *, tasks: int) -> object:
+        execution = start(job_id, environment, tasks=tasks)
         world.claim(execution="by-hand")
         return execution
 
@@ -200,8 +214,8 @@ def test_an_execution_that_gave_its_work_back_at_once_is_not_noted(world: World)
     world.submit()
     start = world.machines.start
 
-    def gave_back(job_id: str, environment: dict[str, str]) -> object:
-        execution = start(job_id, environment)
+    def gave_back(job_id: str, environment: dict[str, str], *, tasks: int) -> object:
+        execution = start(job_id, environment, tasks=tasks)
         world.claim(execution=execution.name)
         world.give_back()
         return execution

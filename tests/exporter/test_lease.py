@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from dispatcher.contract import ExportRecord, State
-from dispatcher.lifecycle import Actor, transition
+from dispatcher.lifecycle import Actor, holds_live_lease, transition
 from dispatcher.logs import bound, configure
 from dispatcher.records import update
 from dispatcher.sqlite_records import SqliteRecords
 from exporter import lease
 from exporter.lease import Claim, Heartbeat, claim
 from tests.dispatcher.test_lifecycle import record
+from tests.exporter.place import expired
 from tests.waiting import until
 
 
@@ -103,6 +104,38 @@ def test_a_cancelled_export_is_ours_only_until_another_claims_it(records: Sqlite
     assert not heartbeat.is_ours()
     move(State.CANCELLED, Actor.CALLER)
     assert not heartbeat.is_ours()
+
+
+def test_several_tasks_get_one_lease_and_one_task_takes_its_predecessors(records: SqliteRecords) -> None:
+    """A retry of the only task stops the zombie before it; of several, the others must go on."""
+
+    def taken(tasks: int) -> Claim:
+        return claim(records, "job.merged", execution="e", handed=None, seconds=120, tasks=tasks)
+
+    first = taken(4)
+    update(records, "job.merged", expired)
+    second, third = taken(4), taken(4)
+    assert {first.lease_id, second.lease_id, third.lease_id} == {first.lease_id}
+    assert holds_live_lease(stored(records), lease.utc_now())
+    assert stored(records).attempt == 1
+    alone = taken(1)
+    assert alone.lease_id != first.lease_id
+    assert stored(records).attempt == 2
+
+
+def test_progress_is_that_of_the_furthest_task(records: SqliteRecords, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each writes its own, and the record never goes back."""
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "WRITE_SECONDS", 0.01)
+    far, near = (claim(records, "job.merged", execution="e", handed=None, seconds=120, tasks=2) for _ in range(2))
+    with Heartbeat(records, far, seconds=120, stop=threading.Event()) as heartbeat:
+        heartbeat.report("merging", 0.8)
+        until(lambda: stored(records).progress == 0.8, "the first task's progress")
+    with Heartbeat(records, near, seconds=120, stop=threading.Event()) as heartbeat:
+        heartbeat.report("planning", 0.1)
+        until(lambda: stored(records).stage == "planning", "the second task's report")
+        assert not heartbeat.is_ours()
+    assert stored(records).progress == 0.8
 
 
 def test_a_log_of_another_execution_is_not_shown_as_this_ones(records: SqliteRecords) -> None:

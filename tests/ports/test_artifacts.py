@@ -3,6 +3,7 @@
 import array
 import base64
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import google_crc32c
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 
 from dispatcher.artifacts import ArtifactStore, StoredFile, file_uri, open_artifacts
 from dispatcher.contract import fingerprint_of
-from dispatcher.crc32c import Crc32c
+from dispatcher.crc32c import Crc32c, combined
 from dispatcher.errors import ArtifactConflict, Misconfigured, NotFound, SourceError
-from tests.ports.storing import put, write_at_once
+from tests.ports.storing import checksum, put, write_at_once
 
 
 def test_a_file_is_there_whole_once_committed_and_not_before(artifacts: ArtifactStore) -> None:
@@ -154,6 +155,83 @@ def test_removing_what_is_unpublished_leaves_what_is_published(artifacts: Artifa
     assert artifacts.children("x/deep") == ["two"]
     for writer in writers:
         writer.discard()
+
+
+@given(st.lists(st.binary(max_size=5000), max_size=5), st.integers(0, 1 << 20))
+def test_the_checksum_of_a_whole_follows_from_its_parts(pieces: list[bytes], zeros: int) -> None:
+    """Empty ones too, and ones of many bytes that are all the same."""
+    pieces = [*pieces, bytes(zeros)]
+    assert combined((len(piece), checksum(piece)) for piece in pieces) == checksum(b"".join(pieces))
+
+
+def test_parts_are_put_together_in_order_and_stay(artifacts: ArtifactStore) -> None:
+    """An empty one and a repeated one too."""
+    for name, content in (("a", b"first,"), ("b", b""), ("c", b"second,")):
+        put(artifacts, f"x/parts/{name}", content)
+    composed = artifacts.compose("x/whole", ["x/parts/c", "x/parts/a", "x/parts/b", "x/parts/c"])
+    content = b"second,first,second,"
+    assert composed.stored == StoredFile("whole", len(content), checksum(content))
+    assert artifacts.read(artifacts.uri("x/whole")) == content
+    assert artifacts.children("x/parts") == ["a", "b", "c"]
+    assert artifacts.children("x") == ["parts", "whole"]
+
+
+@pytest.mark.parametrize("count", [1, 32, 33, 70])
+def test_any_number_of_parts_is_put_together(artifacts: ArtifactStore, count: int) -> None:
+    """And nothing is left of what more than one request takes."""
+    pieces = [bytes([number]) * (number + 1) for number in range(count)]
+    parts = [put(artifacts, f"x/parts/{number}", piece).name for number, piece in enumerate(pieces)]
+    for scratch in (None, "x/scratch"):
+        composed = artifacts.compose("x/whole", [f"x/parts/{name}" for name in parts], scratch=scratch)
+        assert composed.stored == StoredFile("whole", len(b"".join(pieces)), checksum(b"".join(pieces)))
+        assert artifacts.read(artifacts.uri("x/whole")) == b"".join(pieces)
+        composed.withdraw()
+        assert artifacts.children("x") == ["parts"]
+    assert len(artifacts.children("x/parts")) == count
+
+
+def test_the_same_whole_again_is_success_another_a_conflict(artifacts: ArtifactStore) -> None:
+    """However it came there; and what was found is not withdrawn."""
+    for name in ("a", "b"):
+        put(artifacts, f"x/{name}", name.encode())
+    put(artifacts, "x/whole", b"ab")
+    found = artifacts.compose("x/whole", ["x/a", "x/b"])
+    assert found.stored == StoredFile("whole", 2, checksum(b"ab"))
+    found.withdraw()
+    with pytest.raises(ArtifactConflict):
+        artifacts.compose("x/whole", ["x/b", "x/a"])
+    assert artifacts.read(artifacts.uri("x/whole")) == b"ab"
+
+
+def test_of_many_that_put_the_same_together_all_succeed(artifacts: ArtifactStore) -> None:
+    """And one alone takes it back."""
+    parts = [f"x/parts/{put(artifacts, f'x/parts/{number}', b'1').name}" for number in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        composed = list(pool.map(lambda _: artifacts.compose("x/whole", parts), range(4)))
+    assert {file.stored for file in composed} == {StoredFile("whole", 40, checksum(b"1" * 40))}
+    assert len(artifacts.children("x/parts")) == 40
+    for file in composed:
+        assert artifacts.exists(artifacts.uri("x/whole"))
+        file.withdraw()
+        if not artifacts.exists(artifacts.uri("x/whole")):
+            break
+    put(artifacts, "x/whole", b"another's")
+    for file in composed:
+        file.withdraw()
+    assert artifacts.exists(artifacts.uri("x/whole"))
+
+
+def test_what_lacks_a_part_is_not_put_together(artifacts: ArtifactStore) -> None:
+    """Nothing is published; and of nothing, nothing is made."""
+    put(artifacts, "x/a", b"1")
+    with pytest.raises(NotFound) as error:
+        artifacts.compose("x/whole", ["x/a", "x/b"])
+    assert error.value.error_code == "file_not_found"
+    assert "x/b" in error.value.message
+    for path, parts in (("x/whole", []), ("x/whole", ["../a"]), ("../whole", ["x/a"])):
+        with pytest.raises(Misconfigured):
+            artifacts.compose(path, parts)
+    assert artifacts.children("x") == ["a"]
 
 
 @pytest.mark.parametrize("path", ["", "/", "..", "a/../b", "/etc", "a//b", "a/./b", "a\0b", "a/"])

@@ -98,6 +98,18 @@ def test_a_task_finds_what_cloud_run_would_give_it(
     assert "SERVERS_OWN" not in found
 
 
+def test_several_tasks_are_an_override_too(cloud: LocalCloudRun, runner: CloudRunRunner) -> None:
+    """The template's count holds where one is enough."""
+    execution = runner.start("job", {}, tasks=3)
+    assert cloud.wait(execution.name, 60) == 0
+    assert [request.overrides.task_count for request in cloud.requests] == [3]
+    lines = [json.loads(line) for line in path_of(execution.log_uri).read_text().splitlines()]
+    assert sorted(line["CLOUD_RUN_TASK_INDEX"] for line in lines) == ["0", "1", "2"]
+    assert {line["CLOUD_RUN_TASK_COUNT"] for line in lines} == {"3"}
+    with pytest.raises(Misconfigured):
+        runner.start("job", {}, tasks=10_001)
+
+
 def test_cloud_run_tries_even_a_verdict_again(tmp_path: Path) -> None:
     """Any exit code but 0: it does not know that 1 is final, so the exporter has to say so again."""
     cloud = served(tmp_path, "import os, sys; print(os.environ['CLOUD_RUN_TASK_ATTEMPT'], flush=True); sys.exit(1)")
@@ -172,8 +184,8 @@ def test_an_execution_is_cancelled_by_its_short_name(tmp_path: Path) -> None:
     """The full one is composed here, since records and leases hold the short one."""
     cloud = served(tmp_path, WAITS)
     with cloud.serving() as address, runner_at(address) as runner:
-        execution = runner.start("job", {})
-        until(lambda: path_of(execution.log_uri).read_text(), "the program to be ready")
+        execution = runner.start("job", {}, tasks=2)
+        until(lambda: path_of(execution.log_uri).read_text().count("ready") == 2, "both tasks to be ready")
         runner.cancel(execution.name)
         assert cloud.wait(execution.name, 60) is not None
         full_name = f"{JOB}/executions/{execution.name}"
@@ -181,7 +193,7 @@ def test_an_execution_is_cancelled_by_its_short_name(tmp_path: Path) -> None:
         client = run_v2.ExecutionsClient(transport=ExecutionsGrpcTransport(channel=grpc.insecure_channel(address)))
         with client:
             found = client.get_execution(name=full_name)
-    assert (found.name, found.running_count, found.cancelled_count) == (full_name, 0, 1)
+    assert (found.name, found.task_count, found.running_count, found.cancelled_count) == (full_name, 2, 0, 2)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,41 @@ def test_a_cancelled_execution_is_asked_to_stop_and_not_retried(make: Make) -> N
     place.runner.cancel(execution.name)
 
 
+def test_every_task_learns_its_number_and_is_tried_again_by_itself(make: Make) -> None:
+    """The execution ends with the last of them, and well only if all did."""
+    place = make(
+        "import os, sys\n"
+        "index, count, attempt = (os.environ[f'CLOUD_RUN_TASK_{what}'] for what in ('INDEX', 'COUNT', 'ATTEMPT'))\n"
+        "print(f'{index}/{count}:{attempt}', flush=True)\n"
+        "sys.exit(75 if (index, attempt) in (('1', '0'), ('2', '0'), ('2', '1')) else 0)"
+    )
+    execution = place.runner.start("job", {}, tasks=3)
+    assert place.wait(execution.name, 60) == 0
+    assert sorted(log_of(execution).split()) == ["0/3:0", "1/3:0", "1/3:1", "2/3:0", "2/3:1", "2/3:2"]
+
+
+def test_one_task_that_fails_fails_the_execution(make: Make) -> None:
+    """When the others have ended too."""
+    place = make("import os, sys; sys.exit(os.environ['CLOUD_RUN_TASK_INDEX'] == '1')")
+    execution = place.runner.start("job", {}, tasks=3)
+    assert place.wait(execution.name, 60) == 1
+
+
+def test_a_cancelled_execution_stops_all_its_tasks(make: Make) -> None:
+    """Each gets the signal, and none is started again."""
+    place = make(
+        "import signal, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('stopped', flush=True), sys.exit(75)))\n"
+        "print('ready', flush=True)\n"
+        "signal.pause()\n"
+    )
+    execution = place.runner.start("job", {}, tasks=3)
+    until(lambda: log_of(execution).count("ready") == 3, "all tasks to be ready")
+    place.runner.cancel(execution.name)
+    assert place.wait(execution.name, 60) == 75
+    assert sorted(log_of(execution).split()) == ["ready"] * 3 + ["stopped"] * 3
+
+
 def test_an_execution_that_is_not_known_is_left_alone(make: Make) -> None:
     """Somebody ran the exporter by hand, or the runner has forgotten it."""
     make("").runner.cancel("nobody")
@@ -152,6 +187,24 @@ class TestProcesses:
         until(lambda: "ready" in log_of(execution), "the program to be ready")
         runner.end(grace=0.1)
         assert runner.wait(execution.name, 0) == -signal.SIGKILL
+        assert log_of(execution).split() == ["ready"]
+
+    def test_tasks_beyond_the_parallelism_come_after_the_others(self, tmp_path: Path) -> None:
+        """As a quota does it; one that was cancelled before it began never begins."""
+        busy = tmp_path / "busy"
+        program = f"import os\nos.mkdir({str(busy)!r})\nprint('ran', flush=True)\nos.rmdir({str(busy)!r})"
+        runner = ProcessRunner(tmp_path, {}, program=(sys.executable, "-c", program), parallelism=1, max_retries=0)
+        execution = runner.start("job", {}, tasks=4)
+        assert runner.wait(execution.name, 60) == 0
+        assert log_of(execution).split() == ["ran"] * 4
+        waits = "import signal; print('ready', flush=True); signal.pause()"
+        runner = ProcessRunner(tmp_path, {}, program=(sys.executable, "-c", waits), parallelism=1)
+        execution = runner.start("job", {}, tasks=3)
+        until(lambda: "ready" in log_of(execution), "the first task to be ready")
+        assert runner.exit_codes(execution.name) == [None] * 3
+        runner.cancel(execution.name)
+        assert runner.wait(execution.name, 60) == -signal.SIGTERM
+        assert runner.exit_codes(execution.name) == [-signal.SIGTERM, 127, 127]
         assert log_of(execution).split() == ["ready"]
 
     def test_the_work_outlives_the_dispatcher(self, tmp_path: Path) -> None:
