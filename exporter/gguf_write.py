@@ -161,16 +161,26 @@ def _zeros(count: int, room: _Room) -> torch.Tensor:
 
 
 def _values_of_array(data: Any, kind: int, shape: Sequence[int]) -> Iterator[Callable[[_Room], torch.Tensor]]:
-    """What the converter computed itself; it is of the kinds that are not cut into blocks, norms and the like."""
+    """What the converter computes itself: norms, of a block each, and a few others that are read whole here."""
+    step = max(1, FOLD_ELEMENTS // shape[-1]) * shape[-1]
+    if math.prod(shape) <= step:
+        yield partial(_computed, data, kind)
+        return
+    for part in torch.split(_array(data, kind), step):
+        yield partial(_known, part)
+
+
+def _array(data: Any, kind: int) -> torch.Tensor:
+    """All values of what the converter computes, flat."""
     import gguf
 
     array = gguf.LazyNumpyTensor.to_eager(data)
     values = torch.from_numpy(gguf.quants.dequantize(array, gguf.GGMLQuantizationType(kind))).flatten()
-    if kind == gguf.GGMLQuantizationType.BF16:
-        values = values.bfloat16()
-    step = max(1, FOLD_ELEMENTS // shape[-1]) * shape[-1]
-    for part in torch.split(values, step):
-        yield partial(_known, part)
+    return values.bfloat16() if kind == gguf.GGMLQuantizationType.BF16 else values
+
+
+def _computed(data: Any, kind: int, room: _Room) -> torch.Tensor:
+    return _array(data, kind)
 
 
 def _known(values: torch.Tensor, room: _Room) -> torch.Tensor:
