@@ -20,6 +20,8 @@ _SECRETS = (
     # Access tokens of Google's, and JWTs; bounded, or a text full of beginnings would take for ever.
     (re.compile(r"ya29\.[A-Za-z0-9._-]{6,}"), "ya29.[removed]"),
     (re.compile(r"eyJ[A-Za-z0-9_-]{4,1000}\.[A-Za-z0-9_-]{4,}\.[A-Za-z0-9_-]*"), "[JWT removed]"),
+    # Signed URLs of buckets and of the hub's storage: whoever has the signature has the file.
+    (re.compile(r"(?i)\b((?:X-(?:Amz|Goog)-)?Signature=)[^&\s'\"<>)]+"), r"\1[removed]"),
     (re.compile(r"(?i)\b(bearer\s+|authorization\W{1,4}basic\s+)[A-Za-z0-9._~+/=-]+"), r"\1[removed]"),
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
@@ -29,7 +31,7 @@ _BOUND: ContextVar[Mapping[str, Any]] = ContextVar("gemma_export_log_fields", de
 
 
 def redact(text: str) -> str:
-    """`text` without Hugging Face, Google and bearer tokens: for log lines and for error texts in records."""
+    """`text` without tokens (Hugging Face's, Google's, bearer) and signatures of URLs: for log lines and records."""
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text

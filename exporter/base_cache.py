@@ -83,7 +83,7 @@ def filled(base: Base, store: ArtifactStore, tasks: Tasks, report: Report) -> Ba
         return base
     names = sorted(base.weights)
     mine = tasks.deal(names, [base.weights[name].size for name in names])
-    total = max(1, sum(base.weights[name].size for name in mine))
+    total = sum(base.weights[name].size for name in mine)
     done = 0
 
     def on_bytes(count: int) -> None:

@@ -98,7 +98,7 @@ def _twin(
         except QuantizedBase:
             tried.append(f"{model_id} is quantized too")
         except SourceError as error:
-            if error.error_code != "base_missing":
+            if error.error_code not in ("base_missing", "base_revision_missing"):
                 raise
             tried.append(f"{model_id} is not on the hub, or is private")
     if not isinstance(reason, QuantizedBase):

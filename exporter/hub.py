@@ -1,15 +1,16 @@
 """The Hugging Face hub, as far as an export reads it: what a repository is, how its tensors are stored, its files."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from dispatcher.errors import SourceError, Unavailable
-from exporter.byte_source import LocalFile
-from exporter.checkpoint import Checkpoint, Tensor, TensorFile
+from dispatcher.errors import ExportError, SourceError
+from exporter.hub_errors import translating, unneeded
 from exporter.hub_file import HubFile
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 CONFIG_NAME = "config.json"
 
@@ -24,7 +25,8 @@ class Repository:
     """Its snapshot in the hub's cache."""
     files: frozenset[str]
     """The names of all its files; none where nobody can be asked (HF_HUB_OFFLINE)."""
-    weights: dict[str, HubFile]
+    weights: Mapping[str, HubFile] = field(default_factory=dict)
+    """Its *.safetensors that lie in no folder, by name; none where nobody can be asked."""
 
     @property
     def is_gguf(self) -> bool:
@@ -35,26 +37,29 @@ class Repository:
 
 
 def look_up(model_id: str, revision: str | None, token: str | None) -> Repository:
-    """Find a repository at a branch, tag or commit (None is its main branch) and fetch its config.
+    """Find a repository at a branch, tag or commit (None is its main branch), prove access, and fetch its config.
+
+    Access is proved by this token for a file of its weights, whatever an earlier caller left in the cache.
 
     Raises:
-        SourceError: `base_gated`, `base_missing`, `hub_token_invalid`.
+        SourceError: `base_gated`, `base_missing`, `base_revision_missing`, `base_disabled`, `base_unlisted`,
+            `hub_token_invalid`, `hub_token_unneeded`, `hub_token_forbidden`.
         Unavailable: `hub_unavailable`.
     """
     # Costs half a second, and a base in a directory does not need it.
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
 
-    with _translating(_where(model_id, revision)):
-        files: frozenset[str] = frozenset()
-        if not constants.HF_HUB_OFFLINE:
-            # A download alone would take what an earlier caller left in the cache, and ask nobody.
-            hub = HfApi(token=token or False)
-            hub.auth_check(model_id)
-            found = hub.model_info(model_id, revision=revision)
-            revision = found.sha
-            files = frozenset(file.rfilename for file in found.siblings or ())
+    files: frozenset[str] = frozenset()
+    weights: Mapping[str, HubFile] = {}
+    if not constants.HF_HUB_OFFLINE:
+        # A download alone would take what an earlier caller left in the cache, and ask nobody.
+        found = _allowed(model_id, revision, token)
+        revision = found.sha
+        files = frozenset(sibling.rfilename for sibling in found.siblings or ())
+        weights = _weights(found, model_id, token)
+    with translating(_where(model_id, revision), has_token=token is not None):
         directory = _snapshot(model_id, revision, token, [CONFIG_NAME])
-    return Repository(model_id, directory.name, directory, files, {})
+    return Repository(model_id, directory.name, directory, files, weights)
 
 
 def fetch(repository: Repository, token: str | None, patterns: Sequence[str]) -> None:
@@ -63,61 +68,57 @@ def fetch(repository: Repository, token: str | None, patterns: Sequence[str]) ->
     Raises:
         SourceError, Unavailable: As `look_up`.
     """
-    with _translating(_where(repository.model_id, repository.commit)):
+    with translating(_where(repository.model_id, repository.commit), has_token=token is not None):
         _snapshot(repository.model_id, repository.commit, token, patterns)
 
 
-def stored_dtypes(repository: Repository, token: str | None) -> dict[str, str]:
-    """Name and dtype of every tensor, read from the headers on the hub: no weight is fetched.
-
-    None are found where there is no safetensors checkpoint.
-
-    Raises:
-        SourceError: `safetensors_corrupt`, or as `look_up`.
-        Unavailable: As `look_up`.
-    """
-    found = _headers(repository.model_id, repository.commit, token)
-    return {name: tensor.dtype for file in found.values() for name, tensor in file.tensors.items()}
-
-
-def checkpoint(model_id: str, commit: str, token: str | None) -> Checkpoint:
-    """The headers of a model on the hub, for plans that read no weights: opening such a file says that it changed.
-
-    Raises:
-        SourceError: `base_missing` without a safetensors checkpoint, or as `stored_dtypes`.
-        Unavailable: As `look_up`.
-    """
-    found = _headers(model_id, commit, token)
-    if not found:
-        raise SourceError(f"base model {model_id!r} has no safetensors checkpoint on the hub.", code="base_missing")
-    files = []
-    for name, header in sorted(found.items()):
-        tensors = [
-            Tensor(
-                key, info.dtype, tuple(info.shape), info.data_offsets[0], info.data_offsets[1] - info.data_offsets[0]
-            )
-            for key, info in sorted(header.tensors.items(), key=lambda item: item[1].data_offsets)
-        ]
-        metadata = {key: value for key, value in (header.metadata or {}).items() if isinstance(value, str)}
-        size = sum(tensor.nbytes for tensor in tensors)
-        files.append(TensorFile(LocalFile(Path(name), size, ()), tuple(tensors), metadata))
-    return Checkpoint(tuple(files), None)
-
-
-def _headers(model_id: str, commit: str, token: str | None) -> dict[str, Any]:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
-
+def _allowed(model_id: str, revision: str | None, token: str | None) -> "ModelInfo":
+    """What the hub tells of a model whose files this token, if any, may read."""
     try:
-        with _translating(_where(model_id, commit)):
-            found = HfApi(token=token or False).get_safetensors_metadata(model_id, revision=commit)
-    except NotASafetensorsRepoError:
-        return {}
-    except SafetensorsParsingError as error:
+        return _told(model_id, revision, token)
+    except SourceError as refusal:
+        if refusal.error_code != "hub_token_invalid":
+            raise
+        try:
+            _told(model_id, revision, None)
+        except ExportError:
+            raise refusal from None
+        raise unneeded(_where(model_id, revision)) from None
+
+
+def _told(model_id: str, revision: str | None, token: str | None) -> "ModelInfo":
+    from huggingface_hub import HfApi
+
+    with translating(_where(model_id, revision), has_token=token is not None):
+        # With each file's size and digest: one request, not one a file.
+        found = HfApi(token=token or False).model_info(model_id, revision=revision, files_metadata=True)
+    files = {sibling.rfilename: sibling for sibling in found.siblings or ()}
+    proof = next(
+        iter(_weights(found, model_id, token)), CONFIG_NAME if CONFIG_NAME in files else next(iter(files), None)
+    )
+    if proof is not None:
+        _pinned(model_id, found.sha, files[proof], token).prove_access()
+    return found
+
+
+def _weights(found: "ModelInfo", model_id: str, token: str | None) -> dict[str, HubFile]:
+    names = {sibling.rfilename: sibling for sibling in found.siblings or ()}
+    return {
+        name: _pinned(model_id, found.sha, sibling, token)
+        for name, sibling in sorted(names.items())
+        if name.endswith(".safetensors") and "/" not in name
+    }
+
+
+def _pinned(model_id: str, commit: str | None, sibling: "RepoSibling", token: str | None) -> HubFile:
+    etag = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+    if commit is None or sibling.size is None or etag is None:
         raise SourceError(
-            f"{model_id} on the hub holds no valid safetensors file: {str(error)[:200]}", code="safetensors_corrupt"
-        ) from error
-    return dict(found.files_metadata)
+            f"{_where(model_id, commit)}: the hub does not tell commit, size and digest of {sibling.rfilename}. "
+            "HF_ENDPOINT must be the Hugging Face hub or a whole mirror of it.",
+            code="base_unlisted",
+        )
+    return HubFile(model_id, commit, sibling.rfilename, sibling.size, etag, token)
 
 
 def _snapshot(model_id: str, revision: str | None, token: str | None, patterns: Sequence[str]) -> Path:
@@ -128,38 +129,3 @@ def _snapshot(model_id: str, revision: str | None, token: str | None, patterns: 
 
 def _where(model_id: str, revision: str | None) -> str:
     return f"base model {model_id!r}" + (f" at revision {revision!r}" if revision else "")
-
-
-@contextmanager
-def _translating(where: str) -> Iterator[None]:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield
-    except GatedRepoError as error:
-        raise SourceError(
-            f"{where} is gated: accept its licence on the hub and POST again with the hf_token of an account "
-            "that has access.",
-            code="base_gated",
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise SourceError(
-            f"{where} is neither a directory here nor found on the hub. Check the id; a private model "
-            "needs an hf_token.",
-            code="base_missing",
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status == 401:
-            raise SourceError(
-                f"the hub refused the token for {where}: POST again with a valid hf_token.",
-                code="hub_token_invalid",
-            ) from error
-        raise Unavailable(f"the hub did not deliver {where}: try again later.", code="hub_unavailable") from error

@@ -279,7 +279,7 @@ def _generation_in(body: bytes) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve a bucket until SIGTERM or Ctrl-C; prints the server's URL when it answers."""
-    parser = argparse.ArgumentParser(prog="python -m infra.local.storage", description="Cloud Storage on this machine.")
+    parser = argparse.ArgumentParser(prog="python -m infra.local.storage")
     parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="where objects lie")
     parser.add_argument("--bucket", required=True, help="made if it is not there")
     parser.add_argument("--bytes-per-second", type=float, help="of each connection, in each direction")

@@ -88,6 +88,15 @@ def test_what_opens_a_door_in_a_header_is_removed(header: str) -> None:
     assert not re.search("abc|YTpi", redact(header))
 
 
+@pytest.mark.parametrize("name", ["X-Amz-Signature", "X-Goog-Signature", "Signature"])
+def test_a_signed_url_is_told_without_its_signature(name: str) -> None:
+    """huggingface_hub warns with the URL of a download that broke off."""
+    url = f"https://storage.test/file?X-Amz-Date=1&{name}=aB3~x%2F_-&Expires=2"
+    told = redact(f"'timed out' thrown while requesting GET {url}.")
+    assert "aB3" not in told
+    assert told.endswith(f"X-Amz-Date=1&{name}=[removed]&Expires=2.")
+
+
 @pytest.mark.parametrize(
     "text",
     [

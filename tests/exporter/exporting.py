@@ -12,6 +12,7 @@ from dispatcher.local_artifacts import LocalArtifacts
 from exporter.artifact import Result
 from exporter.gguf_export import export_gguf
 from exporter.gguf_file import PART_WEIGHTS
+from exporter.lease import Hold
 from exporter.making import Checks
 from exporter.merged import export_merged
 from exporter.shared_pass import Share, SharedPass
@@ -82,19 +83,35 @@ def export(
     Raises:
         ExportError: As `export_merged`.
     """
-    result = export_merged(
-        LocalArtifacts(store) if isinstance(store, Path) else store,
+    artifacts = LocalArtifacts(store) if isinstance(store, Path) else store
+    result = export_part(base, adapter, artifacts, Tasks(), engine=engine, checks=checks, **document)
+    assert result is not None
+    return result
+
+
+def export_part(
+    base: Path | str,
+    adapter: Path | str,
+    store: ArtifactStore,
+    tasks: Tasks,
+    *,
+    engine: str = "streaming",
+    checks: Checks = QUICK,
+    hold: Hold | None = None,
+    **document: Any,
+) -> Result | None:
+    """As `export`, what one of several tasks does; None where others are still at theirs."""
+    return export_merged(
+        store,
         training_job(base, adapter, **document),
         merged_record(),
         engine=engine,
         token=lambda: None,
-        hold=Undisturbed(),
+        hold=hold or Undisturbed(),
         checks=checks,
-        tasks=Tasks(),
+        tasks=tasks,
         base_cache=True,
     )
-    assert result is not None
-    return result
 
 
 def gguf_record(quantization: str, **fields: object) -> ExportRecord:
@@ -112,6 +129,8 @@ def gguf_of(
     part_weights: int = PART_WEIGHTS,
     shared: SharedPass | None = None,
     engine: str = "auto",
+    hold: Hold | None = None,
+    base_cache: bool = True,
 ) -> Result | None:
     """Do one task's part of a GGUF export; arguments, result and errors as of `export_gguf`."""
     share = Share(shared)
@@ -122,11 +141,11 @@ def gguf_of(
             gguf_record(quantization),
             engine=engine,
             token=lambda: None,
-            hold=Undisturbed(),
+            hold=hold or Undisturbed(),
             checks=QUICK,
             share=share,
             tasks=tasks,
-            base_cache=True,
+            base_cache=base_cache,
             part_weights=part_weights,
         )
     finally:

@@ -319,7 +319,7 @@ def test_the_16_bit_base_is_found_by_name_or_by_what_the_adapter_names(hub: Hub,
         asked = document["base_model_id"]
         assert history[name]["requested"] == (asked if asked != expected else None), name
         assert (history[name]["trained_on"] or {"id": None})["id"] == (asked if asked != expected else None), name
-    assert f"/api/models/{TWIN}/revision/v2" in hub.paths
+    assert f"/api/models/{TWIN}/revision/v2?blobs=true" in hub.paths
     pinned = history["a revision pins the quantized repository, not its twin"]["trained_on"]
     assert pinned == {"id": QUANTIZED, "revision": "v1", "quantization": "bitsandbytes"}
 
@@ -331,8 +331,8 @@ def test_a_quantized_id_without_a_twin_is_refused_with_what_was_tried(hub: Hub, 
         "no name to go by": (job("ann/packed"), naming("ann/packed"), "base_quantized"),
         "the adapter's is quantized too": (job("ann/lonely-bnb-4bit"), naming("ann/packed"), "base_quantized"),
         "neither is there": (job("ann/nothing-bnb-4bit"), unknown, "base_missing"),
-        "no such revision": (job(QUANTIZED, base_model_revision="v9"), unknown, "base_missing"),
-        "nor of the model to merge into": (job(QUANTIZED, merge_base="google/tiny@v9"), unknown, "base_missing"),
+        "no such revision": (job(QUANTIZED, base_model_revision="v9"), unknown, "base_revision_missing"),
+        "nor of what to merge into": (job(QUANTIZED, merge_base="google/tiny@v9"), unknown, "base_revision_missing"),
         "a quantized model to merge into": (job(TWIN, merge_base=QUANTIZED), unknown, "base_quantized"),
     }
     answers = resolved(hub, place / "cache", *((document, adapter) for document, adapter, _ in cases.values()))

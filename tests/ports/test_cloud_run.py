@@ -21,7 +21,7 @@ from infra.local.cloud_run import LocalCloudRun
 from tests.waiting import until
 
 JOB = "projects/project/locations/region/jobs/exporter"
-DUMPS_ENVIRONMENT = "import json, os; print(json.dumps(dict(os.environ)))"
+DUMPS_ENVIRONMENT = "import json, os; os.write(1, json.dumps(dict(os.environ)).encode() + b'\\n')"
 WAITS = "import signal; print('ready', flush=True); signal.pause()"
 DEFINITE: dict[grpc.StatusCode, tuple[type[ExportError], str]] = {
     grpc.StatusCode.INVALID_ARGUMENT: (Misconfigured, "call_refused"),

@@ -91,9 +91,9 @@ def test_a_killed_task_is_tried_again(make: Make) -> None:
 def test_a_cancelled_execution_is_asked_to_stop_and_not_retried(make: Make) -> None:
     """SIGTERM, so that it can give back what it holds; when it has ended, there is nothing left to ask."""
     place = make(
-        "import signal, sys\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (print('stopped', flush=True), sys.exit(75)))\n"
-        "print('ready', flush=True)\n"
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'stopped\\n'), sys.exit(75)))\n"
+        "os.write(1, b'ready\\n')\n"
         "signal.pause()\n"
     )
     execution = place.runner.start("job", {})
@@ -110,7 +110,7 @@ def test_every_task_learns_its_number_and_is_tried_again_by_itself(make: Make) -
     place = make(
         "import os, sys\n"
         "index, count, attempt = (os.environ[f'CLOUD_RUN_TASK_{what}'] for what in ('INDEX', 'COUNT', 'ATTEMPT'))\n"
-        "print(f'{index}/{count}:{attempt}', flush=True)\n"
+        "os.write(1, f'{index}/{count}:{attempt}\\n'.encode())\n"
         "sys.exit(75 if (index, attempt) in (('1', '0'), ('2', '0'), ('2', '1')) else 0)"
     )
     execution = place.runner.start("job", {}, tasks=3)
@@ -128,9 +128,9 @@ def test_one_task_that_fails_fails_the_execution(make: Make) -> None:
 def test_a_cancelled_execution_stops_all_its_tasks(make: Make) -> None:
     """Each gets the signal, and none is started again."""
     place = make(
-        "import signal, sys\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (print('stopped', flush=True), sys.exit(75)))\n"
-        "print('ready', flush=True)\n"
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'stopped\\n'), sys.exit(75)))\n"
+        "os.write(1, b'ready\\n')\n"
         "signal.pause()\n"
     )
     execution = place.runner.start("job", {}, tasks=3)
