@@ -30,6 +30,7 @@ from exporter.tasks import Tasks
 from tests.buckets import bucket_named, new_bucket
 from tests.exporter.exporting import export_gguf_of, file_of, gguf_of, training_job
 from tests.gemmas.llama import llama_adapter, llama_base
+from tests.waiting import until
 
 Whole = tuple[LocalArtifacts, dict[str, Result]]
 """A store, and the export of each quantization in it"""
@@ -267,7 +268,11 @@ def test_a_marker_without_its_part_counts_for_nothing(job: TrainingJob, whole: W
         run(bucket, job)
     _, gone, _ = bucket.noted.parts
     (path,) = {file.name for file in bucket.list(bucket.uri("gguf_models")) if file.name.endswith(gone)}
-    bucket.delete_prefix(f"gguf_models/{path}")
+    marker = json.loads(bucket.read(bucket.uri(f"gguf_models/{path}.json")))
+    for name in (path, f"{path}.json"):
+        bucket.delete_prefix(f"gguf_models/{name}")
+    marker["deltas"] = dict(reversed(marker["deltas"].items()))  # of blocks that were done in another order
+    bucket_named(bucket.bucket).blob(f"gguf_models/{path}.json").upload_from_string(json.dumps(marker))
     again = NotedBucket(bucket.bucket)
     assert content(again, run(again, job)) == content(whole[0], whole[1]["q8_0"])
     assert len(again.noted.parts) == PARTS - 2
@@ -368,6 +373,27 @@ def test_quantizations_that_miss_other_parts_share_what_they_can(
 def begin_of(part: str) -> int:
     """Where a part's bytes begin in its file."""
     return int(part.rpartition(".")[2].partition("-")[0])
+
+
+def test_nobody_waits_until_another_is_verified(job: TrainingJob, whole: Whole, bucket: NotedBucket) -> None:
+    """One whose parts were all finished before has nothing to do with the others' rounds."""
+
+    def die(name: str) -> None:
+        if name == "Modelfile":
+            raise Unavailable("the bucket is away")
+
+    bucket.noted.before = die
+    with pytest.raises(Unavailable):
+        run(bucket, job)
+    again = NotedBucket(bucket.bucket)
+
+    def wait(name: str) -> None:
+        if name == "Modelfile":
+            until(lambda: len(again.noted.parts) == PARTS, "the other's parts")
+
+    again.noted.before = wait
+    made = [future.result() for future in both(again, job, SharedPass(2))]
+    assert [content(again, one) for one in made] == [content(whole[0], whole[1][kind]) for kind in BOTH]
 
 
 @pytest.mark.parametrize("count", [0, 3, PARTS - 1])
