@@ -92,7 +92,7 @@ class Work:
 
         Raises:
             ExportError: Bad input, a failed check, or a passing fault; what this attempt published is removed, unless
-                another attempt may be using it.
+                another attempt or task may be using it or go on from it.
         """
         try:
             return self._made(identity, recipe, tasks)
@@ -141,6 +141,8 @@ class Work:
             publish_manifest(self.store, directory, manifest, run)
         except BaseException as error:
             _take_back(attempt, self.hold, parts=not _goes_on(error))
+            if tasks.count > 1 and isinstance(error, ArtifactConflict | VerificationFailed):
+                attempt.spoil()  # no task can tell whether others still count on what is wrong there
             raise
         _drop_parts(attempt)
         return _result(self.store, directory, manifest, run, identity)
@@ -173,6 +175,10 @@ def _settled(store: ArtifactStore, job_id: str, identity: Identity) -> tuple[Ide
     """
     while True:
         directory = _directory(job_id, identity)
+        if Attempt(store, directory).is_spoilt:
+            log.warning("another version is made instead: what lies in %s is not what belongs there", directory)
+            identity = identity.instead()
+            continue
         if not store.exists(store.uri(f"{directory}/{MANIFEST_NAME}")):
             return identity, None
         try:

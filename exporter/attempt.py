@@ -8,6 +8,8 @@ from dispatcher.artifacts import ArtifactStore, ArtifactWriter, StoredFile, publ
 from dispatcher.errors import NotFound, Unavailable
 from exporter.lease import Hold
 
+SPOILT_NAME = "spoilt"
+
 
 @dataclass(frozen=True)
 class _Published:
@@ -88,6 +90,19 @@ class Attempt:
             ) from error
         self.take_over(path)
         return replace(composed.stored, name=name)
+
+    @property
+    def is_spoilt(self) -> bool:
+        """Whether some attempt found that what lies there is not what belongs there."""
+        return self.store.exists(self.store.uri(f"{self.parts_directory}/{SPOILT_NAME}"))
+
+    def spoil(self) -> None:
+        """Say to all attempts and tasks that this version cannot be made any more: that they make another.
+
+        Raises:
+            ExportError: It cannot be written.
+        """
+        publish(self.store, f"{self.parts_directory}/{SPOILT_NAME}", lambda writer: writer.write(b"spoilt\n"))
 
     def take_over(self, path: str) -> None:
         """Go on from a file that another attempt left: it is this one's to remove now."""

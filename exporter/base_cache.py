@@ -4,18 +4,15 @@ A file is copied there while it is read for a merge. Whether a caller may use it
 itself is asked before, with the caller's own token (`hub.look_up`).
 """
 
-import hashlib
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
-from dispatcher.artifacts import ArtifactStore, ArtifactWriter, is_bucket
-from dispatcher.errors import ExportError, Unavailable
+from dispatcher.artifacts import ArtifactStore, StoredFile, is_bucket
 from exporter.byte_source import ByteReader, ByteSource, ByteStream
+from exporter.hub_copy import RECORD, Copy, record_of
 from exporter.hub_file import HubFile
 from exporter.lease import Report
 from exporter.making import WRITE_FROM
@@ -27,9 +24,6 @@ from exporter.tasks import Tasks
 log = logging.getLogger(__name__)
 ROOT = "base_models"
 BLOCK_BYTES = 4 << 20
-BLOCKS_AHEAD = 2
-"""Blocks of a copy that wait to be uploaded."""
-_SHA256_DIGITS = 64
 _FILLING = threading.Lock()
 """Held by the one export that copies a base before it reads it: others then find the copy."""
 
@@ -39,29 +33,44 @@ def opener_for(store: ArtifactStore) -> Opener:
     return open_streamed if is_bucket(store) else open_base
 
 
-def cached(base: Base, store: ArtifactStore) -> Base:
+def cached(base: Base, store: ArtifactStore | None) -> Base:
     """A base of the hub whose weights come from the bucket where they are there, and else are copied to it.
+
+    A copy is what the bucket lists with the size and crc32c that its record says; the record is written when the bytes
+    have proved to be the hub's.
 
     Args:
         base: What `open_streamed` gave.
-        store: Whose bucket.
+        store: Whose bucket; None keeps nothing, and still checks what is read whole.
 
     Raises:
         ExportError: The store cannot be read.
     """
-    if base.weights is None or not is_bucket(store):
+    if base.weights is None:
         return base
     directory = f"{ROOT}/{base.model_id}@{base.revision}"
-    there = {file.name: file.size for file in store.list(store.uri(directory), checksums=False)}
+    there = _copies(store, directory) if store is not None and is_bucket(store) else {}
     weights: dict[str, ByteSource] = {}
     for name, source in base.weights.items():
         path = f"{directory}/{name}"
-        if there.get(name) == source.size:
+        if store is not None and name in there and there[name].size == source.size:
             weights[name] = StoredObject(name, store.open(store.uri(path)))
         else:
-            weights[name] = _KeptFile(source, store, path) if isinstance(source, HubFile) else source
-    log.info("%d of %d weight files are in %s", len(there.keys() & weights.keys()), len(weights), directory)
+            weights[name] = _CheckedFile(source, store, path) if isinstance(source, HubFile) else source
+    stored = sum(isinstance(source, StoredObject) for source in weights.values())
+    log.info("%d of %d weight files are in %s", stored, len(weights), directory)
     return base.reading(weights)
+
+
+def _copies(store: ArtifactStore, directory: str) -> dict[str, StoredFile]:
+    """The files of a directory that are what their records say, by name."""
+    listed = {file.name: file for file in store.list(store.uri(directory), checksums=False)}
+    found = {}
+    for name, file in listed.items():
+        record = f"{name}{RECORD}"
+        if record in listed and store.read(store.uri(f"{directory}/{record}")) == record_of(file):
+            found[name] = file
+    return found
 
 
 def filled(base: Base, store: ArtifactStore, tasks: Tasks, report: Report) -> Base:
@@ -110,7 +119,7 @@ def fill(base: Base, names: Iterable[str], on_bytes: Callable[[int], None]) -> N
     buffer = memoryview(bytearray(BLOCK_BYTES))
     for name in names:
         source = (base.weights or {})[name]
-        if not isinstance(source, _KeptFile):
+        if not isinstance(source, _CheckedFile):
             continue
         with source.open(whole=True) as reader, reader.stream(0, source.size) as stream:
             for start in range(0, source.size, BLOCK_BYTES):
@@ -120,11 +129,12 @@ def fill(base: Base, names: Iterable[str], on_bytes: Callable[[int], None]) -> N
 
 
 @dataclass(frozen=True)
-class _KeptFile:
-    """A file on the hub of which a copy is kept when it is read whole."""
+class _CheckedFile:
+    """A file on the hub whose digest is checked when it is read whole, and of which a copy is kept then."""
 
     source: HubFile
-    store: ArtifactStore
+    store: ArtifactStore | None
+    """Where a copy goes; None where none is kept"""
     path: str
 
     @property
@@ -135,17 +145,17 @@ class _KeptFile:
     def size(self) -> int:
         return self.source.size
 
-    def open(self, *, whole: bool = False) -> "ByteReader":
-        return _KeepingReader(self) if whole else self.source.open()
+    def open(self, *, whole: bool = False) -> ByteReader:
+        return _CheckingReader(self) if whole else self.source.open()
 
 
-class _KeepingReader:
+class _CheckingReader:
     """Reads a file and copies every byte of it, in order, whatever of it is asked for and however often."""
 
-    def __init__(self, file: _KeptFile) -> None:
+    def __init__(self, file: _CheckedFile) -> None:
         self._file = file
         self._reader = file.source.open()
-        self._copy = _Copy(file.store, file.path, file.size)
+        self._copy = Copy(file.store, file.path, file.size, file.source.etag)
 
     def read_into(self, view: memoryview, offset: int) -> None:
         self._reader.read_into(view, offset)
@@ -154,7 +164,7 @@ class _KeepingReader:
         if start > self._copy.size:
             self._skip_to(start)
         stream = self._reader.stream(start, stop)
-        return _KeepingStream(stream, self._copy) if start == self._copy.size else stream
+        return _CheckingStream(stream, self._copy) if start == self._copy.size else stream
 
     def __enter__(self) -> Self:
         self._reader.__enter__()
@@ -164,7 +174,7 @@ class _KeepingReader:
         try:
             if exit[0] is None:
                 self._skip_to(self._file.size)
-                self._copy.commit(self._file.source.etag)
+                self._copy.commit()
         finally:
             self._copy.close()
             self._reader.__exit__(*exit)
@@ -181,8 +191,8 @@ class _KeepingReader:
                 self._copy.write(block)
 
 
-class _KeepingStream:
-    def __init__(self, stream: ByteStream, copy: "_Copy") -> None:
+class _CheckingStream:
+    def __init__(self, stream: ByteStream, copy: Copy) -> None:
         self._stream = stream
         self._copy = copy
 
@@ -196,84 +206,3 @@ class _KeepingStream:
 
     def __exit__(self, *exit: object) -> None:
         self._stream.__exit__(*exit)
-
-
-class _Copy:
-    """A file on its way into the bucket, in a thread of its own; that it cannot be kept fails nobody.
-
-    Args:
-        store, path: Where to.
-        size: Bytes of the whole file.
-    """
-
-    def __init__(self, store: ArtifactStore, path: str, size: int) -> None:
-        self.size = 0
-        """Bytes so far"""
-        self._what = f"{path} ({size} bytes)"
-        self._sha256 = hashlib.sha256()
-        self._writer: ArtifactWriter | None = None
-        self._under_way: deque[Future[None]] = deque()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="keep")
-        self._begun = self._pool.submit(self._begin, store, path, size)
-
-    def write(self, view: memoryview) -> None:
-        """Append bytes; they are copied, since whoever reads goes on using the buffer."""
-        self.size += len(view)
-        if len(self._under_way) >= BLOCKS_AHEAD:
-            self._under_way.popleft().result()
-        self._under_way.append(self._pool.submit(self._write, bytes(view)))
-
-    def commit(self, etag: str) -> None:
-        """Publish the copy, if it is what the hub says that the file is.
-
-        Args:
-            etag: The hub's; of a large file, its SHA-256 in hexadecimal digits.
-
-        Raises:
-            Unavailable: What came is not the file (`base_damaged`).
-        """
-        self._pool.submit(self._finish, etag).result()
-
-    def close(self) -> None:
-        """Give up what was not committed."""
-        self._pool.submit(self._discard).result()
-        self._pool.shutdown()
-
-    def _begin(self, store: ArtifactStore, path: str, size: int) -> None:
-        try:
-            self._writer = store.create(path, size=size)
-        except ExportError as error:
-            self._give_up(error)
-
-    def _write(self, block: bytes) -> None:
-        self._sha256.update(block)
-        if self._writer is not None:
-            try:
-                self._writer.write(block)
-            except ExportError as error:
-                self._give_up(error)
-
-    def _finish(self, etag: str) -> None:
-        found = self._sha256.hexdigest()
-        if len(etag) == _SHA256_DIGITS and found != etag:
-            raise Unavailable(
-                f"{self._what} did not arrive as the hub has it: its SHA-256 is {found}, {etag} was expected. "
-                "Nothing was published; try again.",
-                code="base_damaged",
-            )
-        if self._writer is not None:
-            try:
-                self._writer.commit()
-            except ExportError as error:
-                self._give_up(error)
-            else:
-                log.info("kept %s", self._what)
-
-    def _give_up(self, error: ExportError) -> None:
-        log.warning("no copy is kept of %s: %s", self._what, error.message)
-        self._discard()
-
-    def _discard(self) -> None:
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
-            writer.discard()

@@ -71,6 +71,8 @@ def write_gguf(
     found = parts.finished(sizes)
     if found:
         log.info("going on from %d of %d parts that are finished", len(found), len(sizes))
+    for name in found:
+        parts.take_over(name)
     progress = Progress(report, "quantizing", file.size, sum(sizes[name] for name in found))
     for part in tasks.deal(planned, [part.weights for part in planned]):
         if part.name not in found:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dispatcher.artifacts import StoredFile
+from dispatcher.artifacts import StoredFile, is_bucket
 from exporter.adapter import WEIGHTS_NAME
 from exporter.attempt import Attempt
 from exporter.checkpoint import Checkpoint, read_tensor_file
@@ -71,7 +71,10 @@ def checked_logits(
     if not checks.logits:
         return {"compared": False, "why": "switched off (VERIFY_LOGITS)"}
     adapter = read_tensor_file(adapter_dir / WEIGHTS_NAME)
-    if (needed := memory_needed(checkpoint, adapter)) > checks.memory_budget:
+    needed = memory_needed(checkpoint, adapter)
+    if is_bucket(attempt.store):  # then both models are copied to a disk, which may be memory
+        needed += sum(file.size for file in files) + sum(file.size for file in checkpoint.files)
+    if needed > checks.memory_budget:
         found = f"{needed >> 20} MiB of models, MEMORY_BUDGET_MIB is {checks.memory_budget >> 20}"
         return {"compared": False, "why": f"too large: {found}"}
     with files_here(attempt.store, attempt.store.uri(attempt.directory), files) as merged:

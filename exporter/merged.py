@@ -71,8 +71,7 @@ def export_merged(
         return _passed_through(work, token, tasks)
     base = base_for(job, adapter_config(store, job.adapter_path, adapter_files), token, opener=opener_for(store))
     family_of(base.config)
-    if base_cache:
-        base = cached(base, store)
+    base = cached(base, store if base_cache else None)
     try:
         return _merged_with(work, wished, base, checks, tasks)
     except Unsupported as error:

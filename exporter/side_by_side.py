@@ -3,7 +3,7 @@
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -80,16 +80,24 @@ def side_by_side(make: Callable[[Item], Done], items: Sequence[Item], lanes: int
         lanes: How many at a time, at least one.
 
     Raises:
-        Exception: What the first `make` raised; those under way are waited for, and no other is begun.
+        Exception: What was raised first; those under way are waited for, and no other is begun.
     """
     if len(items) <= 1 or lanes <= 1:
         return [make(item) for item in items]
+    faults: list[BaseException] = []
+
+    def made_or_noted(item: Item) -> Done:
+        if faults:
+            raise faults[0]
+        try:
+            return make(item)
+        except BaseException as error:
+            faults.append(error)
+            raise
+
     with ThreadPoolExecutor(min(lanes, len(items)), thread_name_prefix="lane") as pool:
-        made = [pool.submit(contextvars.copy_context().run, make, item) for item in items]
-        wait(made, return_when=FIRST_EXCEPTION)
-        for future in made:
-            future.cancel()
-        for future in made:
-            if not future.cancelled() and (error := future.exception()) is not None:
-                raise error
-        return [future.result() for future in made]
+        made = [pool.submit(contextvars.copy_context().run, made_or_noted, item) for item in items]
+        wait(made)
+    if faults:
+        raise faults[0]
+    return [future.result() for future in made]

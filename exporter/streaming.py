@@ -102,6 +102,8 @@ def _written(
     found = parts.finished(sizes)
     if found:
         log.info("going on from %d of %d files that are finished", len(found), len(sizes))
+    for name in found:
+        parts.take_over(name)
     mine = [file for file in tasks.deal(plan.files, [*sizes.values()]) if file.name not in found]
     progress = Progress(report, "merging", plan.nbytes, sum(sizes[name] for name in found))
 

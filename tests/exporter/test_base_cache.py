@@ -1,5 +1,6 @@
 """From the hub to a bucket, and what stays there of the base: both on loopback, no weights on a disk."""
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from dispatcher.errors import ExportError, StorageFull
 from dispatcher.gcs_artifacts import GcsArtifacts
 from exporter.artifact import Result
 from exporter.base_cache import ROOT
+from exporter.hub_copy import Copy
 from exporter.lease import Hold
 from exporter.merged import export_merged
 from exporter.tasks import Tasks
@@ -83,7 +85,8 @@ def exported(
 def kept(store: GcsArtifacts) -> dict[str, bytes]:
     """What is in the bucket of the base, by name."""
     uri = store.uri(f"{ROOT}/google/tiny@{COMMIT}")
-    return {file.name: store.read(f"{uri}/{file.name}") for file in store.list(uri)}
+    names = [file.name for file in store.list(uri) if not file.name.endswith(".json")]
+    return {name: store.read(f"{uri}/{name}") for name in names}
 
 
 def weights(directory: Path) -> dict[str, bytes]:
@@ -149,6 +152,32 @@ def test_one_file_that_is_missing_is_read_from_the_hub(hub: Hub, models: Path, s
     assert kept(store) == weights(models / "base")
 
 
+@pytest.mark.parametrize("damage", ["other bytes", "cut short", "no record", "a record of another"])
+def test_a_copy_that_is_not_proved_is_not_used_and_is_mended(
+    hub: Hub, models: Path, store: GcsArtifacts, damage: str
+) -> None:
+    """Of the same size even: the record beside it has the checksum of the bytes that were the hub's."""
+    first = exported(models / "adapter", store)
+    directory = f"{ROOT}/google/tiny@{COMMIT}"
+    one, other = sorted(kept(store))[:2]
+    bucket = bucket_named(store.uri("x").split("/")[2])
+    if damage == "no record":
+        store.delete_prefix(f"{directory}/{one}.json")
+    elif damage == "a record of another":
+        content = store.read(store.uri(f"{directory}/{other}.json"))
+        bucket.blob(f"{directory}/{one}.json").upload_from_string(content)
+    else:
+        content = bytearray(kept(store)[one])
+        content[-1] ^= 1
+        bucket.blob(f"{directory}/{one}").upload_from_string(bytes(content[: -1 if damage == "cut short" else None]))
+    for job in ("job-2", "job-3"):  # the first finds the name taken, and clears it
+        assert written(store, exported(models / "adapter", store, job=job)) == written(store, first)
+    assert kept(store) == weights(models / "base")
+    hub.seen.clear()
+    assert written(store, exported(models / "adapter", store, job="job-4")) == written(store, first)
+    assert not [seen for seen in hub.seen if seen.headers.get("Range")]
+
+
 def test_a_base_that_is_kept_is_for_those_who_have_access_to_it(
     hub: Hub, models: Path, store: GcsArtifacts, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -202,8 +231,11 @@ def test_that_a_base_cannot_be_kept_fails_no_export(
     assert "no copy is kept" in caplog.text
 
 
-def test_what_is_not_the_file_is_neither_merged_nor_kept(hub: Hub, models: Path, store: GcsArtifacts) -> None:
-    """Its SHA-256 tells, where the hub names it."""
+@pytest.mark.parametrize("base_cache", [True, False])
+def test_what_is_not_the_file_is_neither_merged_nor_kept(
+    hub: Hub, models: Path, store: GcsArtifacts, base_cache: bool
+) -> None:
+    """The hub's own digest tells, whether a copy is wanted or not."""
     file = max((models / "base").glob("*.safetensors"))
     wanted, facts, content = stored(file).etag, file.stat(), bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -211,10 +243,38 @@ def test_what_is_not_the_file_is_neither_merged_nor_kept(hub: Hub, models: Path,
     os.utime(file, ns=(facts.st_mtime_ns, facts.st_mtime_ns))
     assert stored(file).etag == wanted
     with pytest.raises(ExportError) as error:
-        exported(models / "adapter", store)
+        exported(models / "adapter", store, base_cache=base_cache)
     assert (error.value.error_code, error.value.retryable) == ("base_damaged", True)
     assert wanted in error.value.message
     assert file.name not in kept(store)
+
+
+@pytest.mark.parametrize(
+    ("etag", "is_kept"),
+    [
+        ("df4e8172aa91bbb5d64d7d71cd44f9b1b2b7c1e4c14f6ddc5b14ad0f2bbf0a1d", False),
+        (hashlib.sha256(b"what is up, doc?").hexdigest(), True),
+        ("bd9dbf5aae1a3862dd1526723246b20206e5fc37", True),
+        ("bd9dbf5aae1a3862dd1526723246b20206e5fc38", False),
+        ("of-another-kind", None),
+    ],
+)
+def test_a_copy_is_checked_by_whichever_digest_the_hub_has(
+    store: GcsArtifacts, etag: str, is_kept: bool | None
+) -> None:
+    """SHA-256 of what is in LFS, else Git's own; the example is that of the book on Git. Of no digest, no copy."""
+    content = b"what is up, doc?"
+    copy = Copy(store, "base/file", len(content), etag)
+    copy.write(memoryview(content[:5]))
+    copy.write(memoryview(content[5:]))
+    if is_kept is False:
+        with pytest.raises(ExportError, match=etag):
+            copy.commit()
+    else:
+        copy.commit()
+    copy.close()
+    assert store.exists(store.uri("base/file")) is bool(is_kept)
+    assert store.exists(store.uri("base/file.json")) is bool(is_kept)
 
 
 def test_an_attempt_that_fails_keeps_no_half_a_file(hub: Hub, models: Path, store: GcsArtifacts) -> None:

@@ -1,7 +1,9 @@
 """A merged export in parts: what attempts and tasks go on from, and that none of it shows in the result."""
 
 import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
@@ -113,6 +115,52 @@ def _refusing(name: str, error: ExportError) -> Callable[[str], None]:
     return before
 
 
+def test_an_attempt_that_is_refused_removes_what_others_had_finished(models: Path, tmp_path: Path) -> None:
+    """At whatever moment: nobody goes on from a version that failed for good."""
+    begun: list[str] = []
+
+    def stall(path: str, error: ExportError, after: int) -> None:
+        if path.endswith(".safetensors"):
+            begun.append(path)
+            if len(begun) == after:
+                raise error
+
+    with pytest.raises(Unavailable):
+        export(
+            models / "base", models / "adapter", Recording(tmp_path, partial(stall, error=Unavailable("no"), after=4))
+        )
+    assert left(tmp_path)
+    begun.clear()
+    with pytest.raises(ExportError):
+        export(
+            models / "base", models / "adapter", Recording(tmp_path, partial(stall, error=ExportError("no"), after=1))
+        )
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_tasks_that_find_something_wrong_make_another_version_when_they_are_asked_again(
+    models: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    """No task may remove what others count on; and none trusts it any more."""
+    store = LocalArtifacts(tmp_path)
+    assert export_part(models / "base", models / "adapter", store, Tasks(0, 2)) is None
+    (marker, *_) = sorted(tmp_path.rglob("*.parts/*.json"))
+    shard = marker.parent.with_suffix("") / marker.name.removesuffix(".json")
+    content = bytearray(shard.read_bytes())
+    content[-4:] = bytes(4)
+    shard.write_bytes(content)
+    with pytest.raises(ExportError) as error:
+        export_part(models / "base", models / "adapter", store, Tasks(1, 2))
+    assert error.value.error_code == "checksum_differs"
+    assert export_part(models / "base", models / "adapter", store, Tasks(0, 2)) is None
+    result = export_part(models / "base", models / "adapter", store, Tasks(1, 2))
+    assert result is not None
+    assert path_of(result.artifact.uri) != shard.parent
+    assert {name: data for name, data in contents(path_of(result.artifact.uri)).items() if name != "README.md"} == {
+        name: data for name, data in whole.items() if name != "README.md"
+    }
+
+
 @pytest.mark.parametrize("order", [order for order in permutations(range(3)) if order[0] != 0])
 def test_tasks_in_any_order_make_what_one_makes(
     models: Path, tmp_path: Path, whole: dict[str, bytes], order: tuple[int, ...]
@@ -213,6 +261,31 @@ def test_the_first_fault_stops_the_files_beside_it() -> None:
     with pytest.raises(ExportError, match="broken"):
         side_by_side(make, [0, 1, 2], 2)
     assert 2 not in added
+
+
+def test_the_fault_that_came_first_is_the_one_that_is_told() -> None:
+    """A passing fault of a file beside it would hide that the export cannot succeed."""
+    first = threading.Event()
+
+    def make(item: int) -> None:
+        if item == 1:
+            try:
+                raise ExportError("for good")
+            finally:
+                first.set()
+        assert first.wait(10)
+        time.sleep(0.1)
+        raise Unavailable("passing")
+
+    begun: list[int] = []
+
+    def noted(item: int) -> None:
+        begun.append(item)
+        make(item)
+
+    with pytest.raises(ExportError, match="for good"):
+        side_by_side(noted, [0, 1, 2, 3], 2)
+    assert sorted(begun) == [0, 1]
 
 
 def test_progress_of_what_was_done_before_counts() -> None:
