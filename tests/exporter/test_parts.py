@@ -11,12 +11,14 @@ import pytest
 
 from dispatcher.artifacts import ArtifactWriter, path_of
 from dispatcher.errors import ExportError, Unavailable
+from dispatcher.gcs_artifacts import GcsArtifacts
 from dispatcher.local_artifacts import LocalArtifacts
 from exporter.attempt import Attempt
 from exporter.lora import Delta
 from exporter.parts import Parts
 from exporter.side_by_side import Progress, side_by_side
 from exporter.tasks import Tasks
+from tests.buckets import bucket_named, new_bucket
 from tests.exporter.exporting import Undisturbed, export, export_part
 from tests.gemmas import make_adapter, save_base
 
@@ -233,6 +235,15 @@ def test_a_part_that_is_gone_is_not_finished(tmp_path: Path) -> None:
     assert Parts(attempt, "v").finished({"a": 8}) == {}
     attempt.withdraw(Undisturbed())
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_part_whose_checksum_the_bucket_tells_otherwise_is_not_finished(storage_server: str) -> None:
+    """Of the same size: the listing says it, without a byte being read."""
+    store = GcsArtifacts(new_bucket())
+    Parts(Attempt(store, "v"), "v").write("a", _eight_bytes, 8)
+    assert Parts(Attempt(store, "v"), "v").finished({"a": 8}).keys() == {"a"}
+    bucket_named(store.uri("v").split("/")[2]).blob("v/a").upload_from_string(b"?" * 8)
+    assert Parts(Attempt(store, "v"), "v").finished({"a": 8}) == {}
 
 
 def _eight_bytes(writer: ArtifactWriter) -> dict[str, Delta]:
