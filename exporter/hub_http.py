@@ -6,10 +6,12 @@ several times as much.
 
 import http.client
 import logging
+import re
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import TYPE_CHECKING
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
+
+from dispatcher.errors import SourceError
 
 if TYPE_CHECKING:
     import requests
@@ -21,11 +23,18 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _DRAINED_BYTES = 64 << 10
 """A body that nobody wants is read to keep the connection, up to this size."""
 _PORTS = {"http": 80, "https": 443}
+_AMBIGUOUS = re.compile(r"[\\\x00-\x20\x7f-\uffff]")
 
 Origin = tuple[str, str, int]
 """Scheme, host and port"""
 Headers = Mapping[str, str]
 """By name, in whatever case"""
+
+
+class RedirectRefused(SourceError):
+    """The hub, or a host that it sent us to, sends us where nobody should go."""
+
+    code = "hub_redirect_refused"
 
 
 class Answer:
@@ -103,7 +112,8 @@ class Connections:
             range_header: The Range header.
 
         Raises:
-            OSError, http.client.HTTPException: There is no answer, or it sends us round in circles or off HTTPS.
+            OSError: There is no answer.
+            RedirectRefused: It sends us round in circles, off HTTPS, or to what is no URL.
         """
         hub, of_hub = origin_of(url), list[Headers]()
         for _ in range(MAX_REDIRECTS):
@@ -120,14 +130,21 @@ class Connections:
             location = response.headers.get("Location")
             if answer.status not in _REDIRECTS or location is None:
                 return answer
-            target = followed(url, location)
+            try:
+                target = followed(url, location)
+            except http.client.HTTPException as error:
+                answer.close()
+                raise RedirectRefused(
+                    f"{'the hub' if is_hub else 'the host that the hub sent us to'} redirects to {error}. Check "
+                    "HF_ENDPOINT and what stands between here and the hub."
+                ) from None
             if method == "HEAD" and origin_of(target) != hub:
                 return answer
             if answer.length is not None and answer.length <= _DRAINED_BYTES:
                 response.raw.drain_conn()
             answer.close()
             url = target
-        raise http.client.HTTPException(f"more than {MAX_REDIRECTS} redirects")
+        raise RedirectRefused(f"the hub redirects more than {MAX_REDIRECTS} times. Check HF_ENDPOINT.")
 
     def close(self) -> None:
         """End all connections that no answer has; those end with their answers."""
@@ -139,17 +156,23 @@ def _unchanged(request: "requests.PreparedRequest") -> "requests.PreparedRequest
 
 
 def origin_of(url: str) -> Origin:
-    """Scheme, host and port of an absolute URL.
+    """Scheme, host and port of an absolute URL, as what connects reads it.
 
     Raises:
-        http.client.InvalidURL: It is not one of HTTP.
+        http.client.InvalidURL: It is not one of HTTP, or one that others may read otherwise.
     """
-    parts, port = urlsplit(url), None
-    with suppress(ValueError):
-        port = parts.port or _PORTS.get(parts.scheme)
-    if parts.scheme not in _PORTS or not parts.hostname or port is None:
-        raise http.client.InvalidURL("not a URL of HTTP")
-    return parts.scheme, parts.hostname, port
+    from urllib3.exceptions import LocationParseError
+    from urllib3.util import parse_url
+
+    _refuse_ambiguous(url)
+    try:
+        parts = parse_url(url)
+    except LocationParseError:
+        raise http.client.InvalidURL("not a URL of HTTP") from None
+    port = parts.port or _PORTS.get(parts.scheme or "")
+    if parts.scheme not in _PORTS or not parts.host or port is None or parts.auth:
+        raise http.client.InvalidURL("not a URL of HTTP, or one with an account")
+    return parts.scheme, parts.host, port
 
 
 def followed(url: str, location: str) -> str:
@@ -158,7 +181,14 @@ def followed(url: str, location: str) -> str:
     Raises:
         http.client.HTTPException: Nowhere, or from HTTPS to HTTP, where anybody could change the bytes.
     """
+    _refuse_ambiguous(location)
     target = urljoin(url, location)
     if origin_of(target)[0] == "http" and origin_of(url)[0] == "https":
-        raise http.client.HTTPException("a redirect from HTTPS to HTTP")
+        raise http.client.HTTPException("HTTP, and was asked by HTTPS")
     return target
+
+
+def _refuse_ambiguous(url: str) -> None:
+    """Refuse what parsers make different hosts of: the token would go to one that only looks like the hub."""
+    if _AMBIGUOUS.search(url):
+        raise http.client.InvalidURL("a URL with a character that has no place in one")

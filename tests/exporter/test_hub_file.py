@@ -4,6 +4,7 @@ import http.client
 import logging
 import random
 import socket
+import socketserver
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from exporter.byte_source import ByteSource, read_bytes
 from exporter.hub_file import HubFile, Patience
 from exporter.hub_http import followed, origin_of
 from infra.local.hub_files import stored
+from infra.local.servers import in_thread
 from tests.exporter.hub import COMMIT, OTHER_TOKEN, TOKEN, Fault, Hub, hub_serving, pointing_at
 
 SIZE = 3_000_000
@@ -267,6 +269,11 @@ def test_neither_token_nor_signature_gets_anywhere(hub: Hub, caplog: pytest.LogC
         ("https://hub.test/a", "http://cdn.test/a", None),
         ("https://hub.test/a", "file:///etc/passwd", None),
         ("https://hub.test/a", "https://hub.test:port/a", None),
+        ("https://hub.test/a", "https://evil.test\\@hub.test/a", None),
+        ("https://hub.test/a", "\\\\evil.test/a", None),
+        ("https://hub.test/a", "https://hub.test@evil.test/a", None),
+        ("https://hub.test/a", "https://hub.test\t.evil.test/a", None),
+        ("https://hub.test/a", "https://hub.test#@evil.test/a", "https://hub.test#@evil.test/a"),
     ],
 )
 def test_a_redirect_leads_only_to_http_and_never_off_https(url: str, location: str, expected: str | None) -> None:
@@ -275,6 +282,21 @@ def test_a_redirect_leads_only_to_http_and_never_off_https(url: str, location: s
             followed(url, location)
     else:
         assert followed(url, location) == expected
+
+
+def test_a_host_that_only_looks_like_the_hub_gets_no_token(hub: Hub) -> None:
+    """The storage host sends the client on; what stands before the backslash is who is really connected to."""
+    got: list[bytes] = []
+
+    class Evil(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            got.append(self.request.recv(65_536))
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Evil) as evil, in_thread(evil):
+        there = f"http://127.0.0.1:{evil.server_address[1]}\\@{hub.url.removeprefix('http://')}/x"
+        hub.faults["storage"] = [Fault(status=302, headers={"Location": there})] * 50
+        assert refusal(file_of(hub)).error_code == "hub_redirect_refused"
+    assert got == []
 
 
 def test_another_port_or_scheme_is_another_host() -> None:
