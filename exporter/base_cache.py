@@ -8,13 +8,14 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from dispatcher.artifacts import ArtifactStore, StoredFile, is_bucket
 from exporter.byte_source import ByteReader, ByteSource, ByteStream
 from exporter.hub_copy import RECORD, Copy, record_of
 from exporter.hub_file import HubFile
-from exporter.lease import Report
+from exporter.lease import Hold, Report
 from exporter.making import WRITE_FROM
 from exporter.side_by_side import one_at_a_time
 from exporter.sources import Base, Opener, open_base, open_streamed
@@ -28,9 +29,9 @@ _FILLING = threading.Lock()
 """Held by the one export that copies a base before it reads it: others then find the copy."""
 
 
-def opener_for(store: ArtifactStore) -> Opener:
+def opener_for(store: ArtifactStore, hold: Hold) -> Opener:
     """How a base is opened: where artifacts are in a bucket, none of its weights is put on this machine's disk."""
-    return open_streamed if is_bucket(store) else open_base
+    return partial(open_streamed if is_bucket(store) else open_base, while_waiting=hold.check)
 
 
 def cached(base: Base, store: ArtifactStore | None) -> Base:

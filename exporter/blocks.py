@@ -163,12 +163,13 @@ def column_norms(
     _, rows, width = matrices_in(output.tensor)
     dtype = TORCH_DTYPE[output.tensor.dtype]
     squares = torch.zeros(width, dtype=torch.float64)
-    for first, count in row_blocks(rows, width, FOLD_ELEMENTS):
-        values = own_base(pair, adapter, first, count, width)
-        if values is None:
-            data = bytearray(count * width * dtype.itemsize)
-            start = output.source.start + first * width * dtype.itemsize
-            source.read_into(memoryview(data), start)
-            values = torch.frombuffer(data, dtype=dtype).view(count, width)
-        squares += squares_by_column(values, first, matrix)
+    start = output.source.start
+    with source.stream(start, start + rows * width * dtype.itemsize) as stream:
+        for first, count in row_blocks(rows, width, FOLD_ELEMENTS):
+            values = own_base(pair, adapter, first, count, width)
+            if values is None:
+                data = bytearray(count * width * dtype.itemsize)
+                stream.read_into(memoryview(data))
+                values = torch.frombuffer(data, dtype=dtype).view(count, width)
+            squares += squares_by_column(values, first, matrix)
     return squares.sqrt().float()

@@ -112,7 +112,7 @@ class LocalFile:
         if _stamp(os.fstat(descriptor)) != self.stamp:
             os.close(descriptor)
             raise changed(self.name)
-        return _LocalReader(descriptor, self.name)
+        return _LocalReader(descriptor, self)
 
 
 class _LocalReader:
@@ -121,14 +121,18 @@ class _LocalReader:
     Not through mmap: touched pages of a mapping count as resident, so a whole model would.
     """
 
-    def __init__(self, descriptor: int, name: str) -> None:
+    def __init__(self, descriptor: int, file: LocalFile) -> None:
         self._descriptor = descriptor
-        self._name = name
+        self._file = file
+        self._name = file.name
 
     def read_into(self, view: memoryview, offset: int) -> None:
         done = 0
         while done < len(view):
-            count = os.preadv(self._descriptor, [view[done:]], offset + done)
+            try:
+                count = os.preadv(self._descriptor, [view[done:]], offset + done)
+            except OSError as error:
+                raise Unavailable(f"{self._name} cannot be read: {error.strerror}.") from error
             if count == 0:
                 raise changed(self._name)
             done += count
@@ -139,8 +143,11 @@ class _LocalReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exit: object) -> None:
+        stamp = _stamp(os.fstat(self._descriptor))
         os.close(self._descriptor)
+        if exit[0] is None and stamp != self._file.stamp:  # edited in place
+            raise changed(self._name)
 
 
 class InOrder:

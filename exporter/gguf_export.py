@@ -103,7 +103,7 @@ def export_gguf(
     division = Division(share, tasks, part_weights)
     if is_full_model([file.name for file in files]):
         return _of_full_model(work, token, checks, division)
-    base = base_for(job, adapter_config(store, job.adapter_path, files), token, opener=opener_for(store))
+    base = base_for(job, adapter_config(store, job.adapter_path, files), token, opener=opener_for(store, hold))
     family_of(base.config)
     return _of_adapter(work, base, checks, division, base_cache=base_cache)
 

@@ -1,7 +1,7 @@
 """The Hugging Face hub, as far as an export reads it: what a repository is, how its tensors are stored, its files."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,10 +36,13 @@ class Repository:
         )
 
 
-def look_up(model_id: str, revision: str | None, token: str | None) -> Repository:
+def look_up(
+    model_id: str, revision: str | None, token: str | None, *, while_waiting: Callable[[], object] = lambda: None
+) -> Repository:
     """Find a repository at a branch, tag or commit (None is its main branch), prove access, and fetch its config.
 
-    Access is proved by this token for a file of its weights, whatever an earlier caller left in the cache.
+    Access is proved by this token for a file of its weights, whatever an earlier caller left in the cache. As for
+    `HubFile`, `while_waiting` is called where the hub has to be asked again.
 
     Raises:
         SourceError: `base_gated`, `base_missing`, `base_revision_missing`, `base_disabled`, `base_unlisted`,
@@ -56,7 +59,9 @@ def look_up(model_id: str, revision: str | None, token: str | None) -> Repositor
         found = _allowed(model_id, revision, token)
         revision = found.sha
         files = frozenset(sibling.rfilename for sibling in found.siblings or ())
-        weights = _weights(found, model_id, token)
+        weights = {
+            name: replace(file, while_waiting=while_waiting) for name, file in _weights(found, model_id, token).items()
+        }
     with translating(_where(model_id, revision), has_token=token is not None):
         directory = _snapshot(model_id, revision, token, [CONFIG_NAME])
     return Repository(model_id, directory.name, directory, files, weights)

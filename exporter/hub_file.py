@@ -3,6 +3,7 @@
 import http.client
 import logging
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,7 +31,7 @@ class Patience:
     longest_seconds: float = 30.0
     longest_asked_seconds: float = 300.0
     """What a Retry-After may ask for; the hub counts requests by windows of five minutes."""
-    silence_seconds: float = 60.0
+    silence_seconds: float = 20.0
     """The longest wait for an answer, or for the next bytes of one."""
 
 
@@ -46,6 +47,8 @@ class HubFile:
     """As the hub tells it, without quotes: sha256 of the content of what is in LFS, else Git's id of the blob."""
     token: str | None = field(default=None, repr=False)
     patience: Patience = field(default=Patience(), compare=False)
+    while_waiting: Callable[[], object] = field(default=lambda: None, repr=False, compare=False)
+    """Called at least once a second while the hub is not asked again yet; what it raises ends the wait."""
 
     @property
     def where(self) -> str:
@@ -241,6 +244,7 @@ def _persisting(file: HubFile, action: Callable[[], None], fruitless: Callable[[
         wait=lambda state: asked(state) + longer(state),
         stop=lambda state: enough(state) or asked(state) > patience.longest_asked_seconds,
         before_sleep=say,
+        sleep=lambda seconds: _sleep(seconds, file.while_waiting),
         reraise=True,
     )
     try:
@@ -249,6 +253,14 @@ def _persisting(file: HubFile, action: Callable[[], None], fruitless: Callable[[
         raise Unavailable(
             f"the hub did not deliver {file.where}: {error}. Try again later.", code="hub_unavailable"
         ) from None
+
+
+def _sleep(seconds: float, while_waiting: Callable[[], object]) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        while_waiting()
+        time.sleep(min(left, 1.0))
+    while_waiting()
 
 
 def _asked_seconds(headers: Headers) -> float:
@@ -261,9 +273,10 @@ def _asked_seconds(headers: Headers) -> float:
         return float(text)
     try:
         date = parsedate_to_datetime(text)
-    except ValueError:
+        date = date if date.tzinfo else date.replace(tzinfo=UTC)
+        return max(0.0, (date - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError):
         return 0.0
-    return max(0.0, ((date if date.tzinfo else date.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds())
 
 
 def _bare(etag: str) -> str:

@@ -137,6 +137,10 @@ class Heartbeat:
             Unavailable: No heartbeat gets through (`heartbeat_failed`).
         """
         self._stage, self._progress = stage, progress
+        self.check()
+
+    def check(self) -> None:
+        """Raise what `report` would, where there is nothing to say."""
         if self._error is not None:
             raise self._error
         if self._stop.is_set():
@@ -213,5 +217,7 @@ class Hold(Protocol):
     """What a recipe needs of the claim it works under; a `Heartbeat`."""
 
     def report(self, stage: str, progress: float) -> None: ...
+
+    def check(self) -> None: ...
 
     def is_ours(self) -> bool: ...

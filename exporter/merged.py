@@ -69,7 +69,7 @@ def export_merged(
     work = Work(store, job, job.adapter_path, adapter_files, record, hold)
     if is_full_model([file.name for file in adapter_files]):
         return _passed_through(work, token, tasks)
-    base = base_for(job, adapter_config(store, job.adapter_path, adapter_files), token, opener=opener_for(store))
+    base = base_for(job, adapter_config(store, job.adapter_path, adapter_files), token, opener=opener_for(store, hold))
     family_of(base.config)
     base = cached(base, store if base_cache else None)
     try:

@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from types import TracebackType
 
 import torch
 
@@ -39,8 +40,10 @@ class MergedTensors:
     def __enter__(self) -> "MergedTensors":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
         self._files.clear()
 
     @property

@@ -59,7 +59,7 @@ class Base:
     """The quantized model that the adapter was trained on, as far as is known: `id`, `revision`, `quantization`."""
     weights: Mapping[str, ByteSource] | None = None
     """Its weight files by name; None where they are in the directory"""
-    fetch_weights: Callable[[], None] | None = None
+    fetch_weights: Callable[[], None] | None = field(default=None, repr=False, compare=False)
     """Brings them there, if they are not"""
     _headers: list[Checkpoint] = field(default_factory=list, repr=False, compare=False)
 
@@ -117,13 +117,16 @@ def local_path(uri: str) -> Path | None:
     return path if "://" in uri or Path(uri).is_absolute() or path.is_dir() else None
 
 
-def open_base(model_id: str, revision: str | None, token: TokenSource) -> Base:
+def open_base(
+    model_id: str, revision: str | None, token: TokenSource, *, while_waiting: Callable[[], object] = lambda: None
+) -> Base:
     """Find a base model, read its config.json, and have its weights in a directory.
 
     Args:
         model_id: A directory, a `file://` URI, or a hub id.
         revision: Branch, tag or commit on the hub; None is its main branch.
         token: Gives the caller's Hugging Face token; asked only where the hub is.
+        while_waiting: Called where the hub has to be asked again, now and later; what it raises ends the wait.
 
     Raises:
         SourceError: `base_uri_unsupported`, `base_missing`, `base_pickle_only`, `base_config_invalid`, or as
@@ -132,16 +135,18 @@ def open_base(model_id: str, revision: str | None, token: TokenSource) -> Base:
             16-bit weights that were saved with such a leftover are used.
         Unavailable: The hub did not answer.
     """
-    return open_streamed(model_id, revision, token).here()
+    return open_streamed(model_id, revision, token, while_waiting=while_waiting).here()
 
 
-def open_streamed(model_id: str, revision: str | None, token: TokenSource) -> Base:
+def open_streamed(
+    model_id: str, revision: str | None, token: TokenSource, *, while_waiting: Callable[[], object] = lambda: None
+) -> Base:
     """As `open_base`, but from the hub no weights are fetched: they are read from there as they are needed.
 
     Raises:
         SourceError, Unavailable: As `open_base`.
     """
-    return _open(model_id, revision, token, for_weights=True)
+    return _open(model_id, revision, token, for_weights=True, while_waiting=while_waiting)
 
 
 def open_side_files(model_id: str, revision: str | None, token: TokenSource) -> Base:
@@ -153,7 +158,14 @@ def open_side_files(model_id: str, revision: str | None, token: TokenSource) -> 
     return _open(model_id, revision, token, for_weights=False)
 
 
-def _open(model_id: str, revision: str | None, token: TokenSource, *, for_weights: bool) -> Base:
+def _open(
+    model_id: str,
+    revision: str | None,
+    token: TokenSource,
+    *,
+    for_weights: bool,
+    while_waiting: Callable[[], object] = lambda: None,
+) -> Base:
     directory = local_path(model_id)
     if model_id.startswith("gs://"):
         raise SourceError(
@@ -162,7 +174,7 @@ def _open(model_id: str, revision: str | None, token: TokenSource, *, for_weight
             code="base_uri_unsupported",
         )
     if directory is None:
-        return _from_hub(model_id, revision, token(), for_weights=for_weights)
+        return _from_hub(model_id, revision, token(), for_weights=for_weights, while_waiting=while_waiting)
     if not directory.is_dir():
         raise SourceError(f"the base model's directory {directory} does not exist.", code="base_missing")
     revision = f"{LOCAL}{_directory_digest(directory)}"
@@ -273,8 +285,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
         ) from error
 
 
-def _from_hub(model_id: str, revision: str | None, token: str | None, *, for_weights: bool) -> Base:
-    repository = hub.look_up(model_id, revision, token)
+def _from_hub(
+    model_id: str, revision: str | None, token: str | None, *, for_weights: bool, while_waiting: Callable[[], object]
+) -> Base:
+    repository = hub.look_up(model_id, revision, token, while_waiting=while_waiting)
     if for_weights and repository.is_gguf:
         raise QuantizedBase(model_id, "GGUF", {})
     config = _read_config(repository.directory)

@@ -66,6 +66,8 @@ class _ReadAhead:
         while done < len(view):
             if not self._current:
                 self._ask()
+                if not self._under_way:
+                    raise ValueError(f"{len(view) - done} bytes were asked of a stream beyond its end at {self._stop}")
                 self._current = memoryview(self._under_way.popleft().result())
             part = self._current[: len(view) - done]
             view[done : done + len(part)] = part

@@ -12,11 +12,13 @@ from dispatcher.artifacts import ArtifactWriter
 from dispatcher.contract import TrainingJob
 from dispatcher.errors import ExportError, StorageFull
 from dispatcher.gcs_artifacts import GcsArtifacts
-from exporter.artifact import Result
+from exporter.artifact import Recipe, Result
 from exporter.base_cache import ROOT
 from exporter.hub_copy import Copy
 from exporter.lease import Hold
+from exporter.manifest import History
 from exporter.merged import export_merged
+from exporter.sources import open_streamed
 from exporter.tasks import Tasks
 from infra.local.hub_files import stored
 from tests.buckets import bucket_named, new_bucket
@@ -192,6 +194,14 @@ def test_a_base_that_is_kept_is_for_those_who_have_access_to_it(
     assert any(seen.headers.get("Authorization") == f"Bearer {TOKEN}" for seen in hub.seen if seen.host == "hub")
     assert not any(TOKEN in str(seen) for seen in hub.seen if seen.host != "hub")
     assert not any(TOKEN in path for path in hub.paths)
+
+
+def test_no_token_shows_where_a_base_is_shown(hub: Hub, models: Path) -> None:
+    """Whatever it looks like, since a mirror's need not look like one of the hub's."""
+    hub.gated = True
+    base = open_streamed("google/tiny", None, lambda: TOKEN)
+    assert TOKEN not in repr(base)
+    assert TOKEN not in repr(Recipe(lambda attempt: None, str, base, History()))
 
 
 def test_nothing_is_kept_where_that_is_switched_off(hub: Hub, models: Path, store: GcsArtifacts) -> None:

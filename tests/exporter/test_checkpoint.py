@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dispatcher.errors import SourceError
+from dispatcher.errors import SourceError, Unavailable
+from exporter.byte_source import LocalFile
 from exporter.checkpoint import header_bytes, open_checkpoint, parse_header, read_tensor_file
 from tests.exporter.damage import edit_header
 
@@ -188,3 +190,17 @@ def test_an_edited_header_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as refused:
         open_checkpoint(tmp_path)
     assert refused.value.error_code == "safetensors_corrupt"
+
+
+def test_a_file_that_is_edited_in_place_while_it_is_read_is_noticed_when_it_is_closed(tmp_path: Path) -> None:
+    """Its size and inode stay; another fault is not hidden by that."""
+    path = tmp_path / "file"
+    path.write_bytes(b"a" * 8)
+    for fault in (None, KeyError):
+        source = LocalFile.of(path)
+        with pytest.raises(fault or Unavailable), source.open() as reader:
+            reader.read_into(memoryview(bytearray(4)), 0)
+            path.write_bytes(b"b" * 8)
+            os.utime(path, ns=(0, source.stamp[3] + 1))
+            if fault is not None:
+                raise fault

@@ -5,6 +5,7 @@ import logging
 import random
 import socket
 import socketserver
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -143,6 +144,31 @@ def test_a_host_that_asks_to_be_left_alone_for_too_long_is_not_asked_again(hub: 
     hub.faults["hub"] = [Fault(status=429, headers={"Retry-After": "Fri, 31 Dec 2100 23:59:59 GMT"})]
     assert refusal(file_of(hub)).error_code == "hub_unavailable"
     assert len(hub.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "date", ["never", "Mon, 01 Jan 2024 00:00:00 +99999999999999", "Mon, 01 Jan 2024 00:00:00 GMT"]
+)
+def test_a_date_that_is_none_or_past_asks_for_no_wait(hub: Hub, date: str) -> None:
+    hub.faults["hub"] = [Fault(status=429, headers={"Retry-After": date})]
+    assert streamed(file_of(hub), 0, SIZE, SIZE) == (hub.directory / "model.safetensors").read_bytes()
+
+
+def test_whoever_waits_for_the_hub_can_be_stopped(hub: Hub) -> None:
+    """Within about a second, however long the hub asks to be left alone."""
+    stop = threading.Event()
+
+    def check() -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+
+    hub.faults["hub"] = [Fault(status=429, headers={"Retry-After": "60"})]
+    began = time.monotonic()
+    threading.Timer(0.2, stop.set).start()
+    file = replace(file_of(hub), while_waiting=check)
+    with file.open() as reader, reader.stream(0, SIZE) as stream, pytest.raises(KeyboardInterrupt):
+        stream.read_into(memoryview(bytearray(10)))
+    assert time.monotonic() - began < 5
 
 
 def test_a_silent_host_is_asked_again_for_the_rest(hub: Hub) -> None:
