@@ -57,6 +57,11 @@ def is_job_id(text: str) -> bool:
     return re.fullmatch(JOB_ID_PATTERN, text) is not None and ".." not in text and not text.endswith("\n")
 
 
+def is_token(text: str) -> bool:
+    """Whether `text` can be a Hugging Face token: what a header can hold."""
+    return re.fullmatch(r"[!-~]{1,512}", text) is not None
+
+
 def is_export_id(text: str) -> bool:
     """Whether `text` is a job id followed by a type this contract knows."""
     job_id, dot, kind = text.rpartition(".")
@@ -111,7 +116,7 @@ class ExportRequest(Frozen):
             raise ValueError(f"job_id must match {JOB_ID_PATTERN} and hold no '..'")
         if self.quantization is not None and self.export_type is not ExportType.GGUF:
             raise ValueError(f"quantization goes with export_type gguf only, not {self.export_type.value}")
-        if self.hf_token is not None and not re.fullmatch(r"[!-~]{1,512}", self.hf_token.get_secret_value()):
+        if self.hf_token is not None and not is_token(self.hf_token.get_secret_value()):
             raise ValueError("hf_token must be 1 to 512 printable characters without spaces")
         return self
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from dispatcher.contract import is_token
 from dispatcher.errors import Misconfigured
 
 DEFAULT_BUCKET = "gemma-export-bucket"
@@ -123,7 +124,7 @@ class Settings:
             task_index=_number(env, "CLOUD_RUN_TASK_INDEX", cls.task_index, at_least=0, at_most=tasks - 1),
             task_count=tasks,
             task_attempt=_number(env, "CLOUD_RUN_TASK_ATTEMPT", 0, at_least=0),
-            hf_token=env.get("HF_TOKEN"),
+            hf_token=_token(env),
             id_token=env.get("GEMMA_EXPORT_ID_TOKEN"),
             traceparent=env.get("TRACEPARENT"),
         )
@@ -201,6 +202,13 @@ def _number(env: Mapping[str, str], name: str, default: int, *, at_least: int, a
         limit = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
         raise Misconfigured(f"{name} is {text!r}: expected a whole number {limit}")
     return int(text)
+
+
+def _token(env: Mapping[str, str]) -> str | None:
+    text = env.get("HF_TOKEN", "").strip()
+    if text and not is_token(text):
+        raise Misconfigured("HF_TOKEN is no token: expected 1 to 512 printable characters without spaces")
+    return text or None
 
 
 def _jwt_check(env: Mapping[str, str]) -> JwtCheck | None:

@@ -115,3 +115,11 @@ def test_a_child_process_caches_bases_as_its_parent_was_told() -> None:
         settings = Settings.from_env({"BASE_CACHE": value})
         assert settings.base_cache is (value == "auto")
         assert Settings.from_env(settings.to_environment()).base_cache is settings.base_cache
+
+
+def test_the_deployments_token_is_taken_without_what_surrounds_it_and_refused_unseen() -> None:
+    """A secret that was made with a newline at its end; one that no header can hold."""
+    assert Settings.from_env({"HF_TOKEN": " hf_abc\n"}).hf_token == "hf_abc"
+    with pytest.raises(Misconfigured, match="HF_TOKEN") as error:
+        Settings.from_env({"HF_TOKEN": "hf_ä b"})
+    assert "hf_ä" not in str(error.value)

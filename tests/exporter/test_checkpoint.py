@@ -192,15 +192,21 @@ def test_an_edited_header_is_noticed(tmp_path: Path) -> None:
     assert refused.value.error_code == "safetensors_corrupt"
 
 
-def test_a_file_that_is_edited_in_place_while_it_is_read_is_noticed_when_it_is_closed(tmp_path: Path) -> None:
-    """Its size and inode stay; another fault is not hidden by that."""
+@pytest.mark.parametrize("fault", [None, KeyError])
+def test_a_file_that_is_edited_in_place_while_it_is_read_is_noticed(
+    tmp_path: Path, fault: type[Exception] | None
+) -> None:
+    """When it is closed, its size and inode being the same; and no other fault is hidden by that."""
     path = tmp_path / "file"
     path.write_bytes(b"a" * 8)
-    for fault in (None, KeyError):
-        source = LocalFile.of(path)
-        with pytest.raises(fault or Unavailable), source.open() as reader:
-            reader.read_into(memoryview(bytearray(4)), 0)
-            path.write_bytes(b"b" * 8)
-            os.utime(path, ns=(0, source.stamp[3] + 1))
-            if fault is not None:
-                raise fault
+    with pytest.raises(fault or Unavailable):
+        _read_and_edit(LocalFile.of(path), fault)
+
+
+def _read_and_edit(source: LocalFile, fault: type[Exception] | None) -> None:
+    with source.open() as reader:
+        reader.read_into(memoryview(bytearray(4)), 0)
+        source.path.write_bytes(b"b" * 8)
+        os.utime(source.path, ns=(0, source.stamp[3] + 1))
+        if fault is not None:
+            raise fault

@@ -146,11 +146,9 @@ def test_a_host_that_asks_to_be_left_alone_for_too_long_is_not_asked_again(hub: 
     assert len(hub.seen) == 1
 
 
-@pytest.mark.parametrize(
-    "date", ["never", "Mon, 01 Jan 2024 00:00:00 +99999999999999", "Mon, 01 Jan 2024 00:00:00 GMT"]
-)
-def test_a_date_that_is_none_or_past_asks_for_no_wait(hub: Hub, date: str) -> None:
-    hub.faults["hub"] = [Fault(status=429, headers={"Retry-After": date})]
+@pytest.mark.parametrize("zone", ["GMT", "+" + "9" * 14, "nowhere"])
+def test_a_date_that_is_none_or_past_asks_for_no_wait(hub: Hub, zone: str) -> None:
+    hub.faults["hub"] = [Fault(status=429, headers={"Retry-After": f"Mon, 01 Jan 2024 00:00:00 {zone}"})]
     assert streamed(file_of(hub), 0, SIZE, SIZE) == (hub.directory / "model.safetensors").read_bytes()
 
 
