@@ -32,6 +32,7 @@ from exporter.gguf_file import PART_WEIGHTS
 from exporter.gguf_parts import Division
 from exporter.lease import Hold
 from exporter.llama_cpp import installed_version
+from exporter.local_copies import adapter_here, files_here
 from exporter.making import Checks, Made
 from exporter.manifest import History, Identity
 from exporter.markdown import slug
@@ -41,7 +42,7 @@ from exporter.quantized import without_quantization
 from exporter.quantizer import refuse_unusable
 from exporter.shared_pass import Share
 from exporter.sidefiles import inner_template, side_files
-from exporter.sources import Base, TokenSource, adapter_here, files_here
+from exporter.sources import Base, TokenSource
 from exporter.streaming import planned
 from exporter.tasks import Tasks
 

@@ -8,7 +8,8 @@ from dispatcher.artifacts import StoredFile, is_bucket
 from exporter.adapter import WEIGHTS_NAME
 from exporter.attempt import Attempt
 from exporter.checkpoint import Checkpoint, read_tensor_file
-from exporter.sources import Base, files_here
+from exporter.local_copies import files_here
+from exporter.sources import Base
 
 MEMORY_BUDGET = 512 << 20
 """Bytes, where nothing else is said"""

@@ -16,11 +16,12 @@ from exporter.engines import Engine, engine_of, reference_for
 from exporter.full_model import base_of_full_model, files_from_base, is_full_model, read_full_model
 from exporter.gemma import family_of
 from exporter.lease import Hold
+from exporter.local_copies import adapter_here
 from exporter.making import Checks, Made
 from exporter.manifest import History, Identity
 from exporter.model_card import CardFacts, model_card
 from exporter.passthrough import pass_through
-from exporter.sources import Base, TokenSource, adapter_here
+from exporter.sources import Base, TokenSource
 from exporter.tasks import Tasks
 
 log = logging.getLogger(__name__)

@@ -1,39 +1,29 @@
-"""Where base model and adapter come from: a directory, or a model id on the Hugging Face hub.
+"""Where a base model comes from: a directory, or a model id on the Hugging Face hub.
 
 Either way the rest of the exporter sees an identity that changes when the bytes do, a local directory of what lies
-beside the weights, and sources of the weights, which may be there too or be read from the hub as they are needed. Of an
-adapter in Cloud Storage it sees a copy of the files that an export can use.
+beside the weights, and sources of the weights, which may be there too or be read from the hub as they are needed.
 """
 
-import errno
 import hashlib
-import logging
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dispatcher.artifacts import ArtifactStore, StoredFile, file_uri, path_of
-from dispatcher.crc32c import Crc32c
-from dispatcher.errors import NotFound, SourceError, StorageFull, Unavailable
+from dispatcher.artifacts import path_of
+from dispatcher.errors import SourceError
 from exporter import hub
-from exporter.adapter import WEIGHTS_NAME, refuse_without_weights
-from exporter.byte_source import ByteSource, changed
+from exporter.byte_source import ByteSource
 from exporter.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
 from exporter.documents import read_json_object
-from exporter.gemma import SIDE_FILES, is_side_file
-from exporter.peft_config import CONFIG_NAME
+from exporter.gemma import SIDE_FILES
 from exporter.quantized import is_stored_quantized, quantization_of, without_quantization
 
-log = logging.getLogger(__name__)
 MAX_CONFIG_BYTES = 10_000_000
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja")
 """What an export can use; never a pickle."""
 SIDE_PATTERNS = ("config.json", INDEX_NAME, *SIDE_FILES, "*.jinja")
-BLOCK_BYTES = 8 << 20
 LOCAL = "directory:"
 """How the revision of a base in a directory begins."""
 
@@ -196,72 +186,6 @@ def _refuse_quantized(base: Base, config: dict[str, Any]) -> None:
 def is_current(base: Base) -> bool:
     """Whether a base in a directory is still what it was when it was opened; the hub's commits never change."""
     return not base.revision.startswith(LOCAL) or base.revision == f"{LOCAL}{_directory_digest(base.directory)}"
-
-
-@contextmanager
-def adapter_here(store: ArtifactStore, uri: str, files: list[StoredFile]) -> Iterator[Path]:
-    """An adapter as a local directory: its own, or a copy that lasts as long as the `with` statement.
-
-    Args:
-        store: What reads the URI.
-        uri: Where the adapter lies.
-        files: What is listed there, with checksums; a copy holds these very bytes.
-
-    Raises:
-        SourceError: `adapter_missing`, `source_encoded`, and those of `refuse_without_weights`.
-        Unavailable: A file is not what was listed any more (`source_changed`), or cannot be read.
-        StorageFull: No room for the copy.
-    """
-    if not uri.startswith("gs://"):
-        yield path_of(uri)
-        return
-    if not files:
-        raise SourceError(f"there is no adapter at {uri}.", code="adapter_missing")
-    names = [file.name for file in files]
-    if CONFIG_NAME in names:
-        refuse_without_weights([name for name in names if "/" not in name], uri)
-    wanted = [file for file in files if file.name in (CONFIG_NAME, WEIGHTS_NAME) or is_side_file(file.name)]
-    with files_here(store, uri, wanted) as directory:
-        yield directory
-
-
-@contextmanager
-def files_here(store: ArtifactStore, uri: str, files: Sequence[StoredFile]) -> Iterator[Path]:
-    """A directory of a store as a local one: itself, or a copy of some files that lasts as long as the `with`.
-
-    Raises:
-        SourceError: `source_encoded`.
-        Unavailable: A file is not what was listed any more (`source_changed`), or cannot be read.
-        StorageFull: No room for the copy.
-    """
-    if not uri.startswith("gs://"):
-        yield path_of(uri)
-        return
-    with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
-        log.info("fetching %d files, %d bytes, from %s", len(files), sum(file.size for file in files), uri)
-        for file in files:
-            _fetch(store, file_uri(uri, file.name), file, Path(scratch) / file.name)
-        yield Path(scratch)
-
-
-def _fetch(store: ArtifactStore, uri: str, listed: StoredFile, target: Path) -> None:
-    crc = Crc32c()
-    try:
-        target.parent.mkdir(exist_ok=True)
-        with store.open(uri) as reader, target.open("xb") as file:
-            for offset in range(0, reader.size, BLOCK_BYTES):
-                block = reader.read(offset, BLOCK_BYTES)
-                crc.update(block)
-                file.write(block)
-            size = reader.size
-    except NotFound as error:
-        raise changed(uri) from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise StorageFull(f"no room on this machine for a copy of {uri}: {listed.size} bytes.") from error
-        raise Unavailable(f"{uri} cannot be copied: {error.strerror}.") from error
-    if (size, crc.text) != (listed.size, listed.crc32c):
-        raise changed(uri)
 
 
 def _directory_digest(directory: Path) -> str:

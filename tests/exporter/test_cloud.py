@@ -9,7 +9,7 @@ import pytest
 
 from dispatcher.errors import ExportError
 from dispatcher.gcs_artifacts import GcsArtifacts
-from exporter.sources import adapter_here
+from exporter.local_copies import adapter_here
 from tests.buckets import bucket_named, new_bucket
 from tests.exporter.exporting import export, merged_into
 from tests.gemmas import make_adapter, save_base
