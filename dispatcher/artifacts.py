@@ -179,6 +179,11 @@ class ArtifactStore(Protocol):
         """
 
 
+def is_bucket(store: ArtifactStore) -> bool:
+    """Whether a store is in Cloud Storage: its files are not this machine's, and it can put parts together itself."""
+    return store.uri("any").startswith("gs://")
+
+
 def path_of(uri: str) -> Path:
     """The local path that a `file://` URI or a plain path names, absolute.
 

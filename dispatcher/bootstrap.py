@@ -66,6 +66,7 @@ def build(settings: Settings) -> Stack:
         lease_seconds=settings.lease_seconds,
         max_attempts=settings.max_attempts,
         launch_grace_seconds=0 if settings.embedded else CLOUD_LAUNCH_GRACE_SECONDS,
+        several_tasks=not settings.embedded,
     )
     service = Service(
         records=records,

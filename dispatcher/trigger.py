@@ -32,6 +32,7 @@ class Trigger:
     Args:
         lease_seconds: How long a launch may take before another delivery may try.
         launch_grace_seconds: How long a launched execution may wait for a machine beyond that.
+        several_tasks: Whether a large base is worth several tasks; on one machine they would gain nothing.
         clock: The time now, in UTC.
     """
 
@@ -44,6 +45,7 @@ class Trigger:
         lease_seconds: int = 120,
         max_attempts: int,
         launch_grace_seconds: int = 0,
+        several_tasks: bool = True,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._records = records
@@ -52,6 +54,7 @@ class Trigger:
         self._lease = timedelta(seconds=lease_seconds)
         self._max_attempts = max_attempts
         self._launch_grace = timedelta(seconds=launch_grace_seconds)
+        self._several_tasks = several_tasks
         self._clock = clock
 
     def deliver(self, body: bytes, attributes: Mapping[str, str], *, message_id: str | None = None) -> None:
@@ -243,6 +246,8 @@ class Trigger:
         logger.info("an execution was started", extra={"execution": execution.name})
 
     def _tasks(self, job_id: str) -> int:
+        if not self._several_tasks:
+            return 1
         try:
             return task_count(self._records.get_job(job_id))
         except SourceError:

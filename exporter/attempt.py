@@ -1,10 +1,11 @@
 """What one attempt publishes of a version, and takes back when it fails."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from dispatcher.artifacts import ArtifactStore, ArtifactWriter, StoredFile, publish
+from dispatcher.errors import NotFound, Unavailable
 from exporter.lease import Hold
 
 
@@ -62,6 +63,31 @@ class Attempt:
 
         path = f"{folder or self.directory}/{name}"
         return replace(publish(self.store, path, noted, size=size), name=name)
+
+    def compose(self, name: str, parts: Sequence[str]) -> StoredFile:
+        """Put parts of `parts_directory` together into a file of the directory; returned with its name there.
+
+        The file counts as taken over, even if another attempt had put it together before.
+
+        Args:
+            name: The file's name.
+            parts: Theirs, in order.
+
+        Raises:
+            ArtifactConflict, StorageFull, Unavailable: As `ArtifactStore.compose`; and where a part is gone, since
+                whoever published the version removes them (`artifact_vanished`).
+        """
+        path = f"{self.directory}/{name}"
+        paths = [f"{self.parts_directory}/{part}" for part in parts]
+        try:
+            composed = self.store.compose(path, paths, scratch=self.parts_directory)
+        except NotFound as error:
+            raise Unavailable(
+                f"a part of {path} was removed while they were put together; nothing was published. Try again.",
+                code="artifact_vanished",
+            ) from error
+        self.take_over(path)
+        return replace(composed.stored, name=name)
 
     def take_over(self, path: str) -> None:
         """Go on from a file that another attempt left: it is this one's to remove now."""

@@ -6,18 +6,23 @@ itself is asked before, with the caller's own token (`hub.look_up`).
 
 import hashlib
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
-from dispatcher.artifacts import ArtifactStore, ArtifactWriter
+from dispatcher.artifacts import ArtifactStore, ArtifactWriter, is_bucket
 from dispatcher.errors import ExportError, Unavailable
 from exporter.byte_source import ByteReader, ByteSource, ByteStream
 from exporter.hub_file import HubFile
+from exporter.lease import Report
+from exporter.making import WRITE_FROM
+from exporter.side_by_side import one_at_a_time
 from exporter.sources import Base, Opener, open_base, open_streamed
 from exporter.stored_object import StoredObject
+from exporter.tasks import Tasks
 
 log = logging.getLogger(__name__)
 ROOT = "base_models"
@@ -25,11 +30,13 @@ BLOCK_BYTES = 4 << 20
 BLOCKS_AHEAD = 2
 """Blocks of a copy that wait to be uploaded."""
 _SHA256_DIGITS = 64
+_FILLING = threading.Lock()
+"""Held by the one export that copies a base before it reads it: others then find the copy."""
 
 
 def opener_for(store: ArtifactStore) -> Opener:
     """How a base is opened: where artifacts are in a bucket, none of its weights is put on this machine's disk."""
-    return open_streamed if _is_bucket(store) else open_base
+    return open_streamed if is_bucket(store) else open_base
 
 
 def cached(base: Base, store: ArtifactStore) -> Base:
@@ -42,7 +49,7 @@ def cached(base: Base, store: ArtifactStore) -> Base:
     Raises:
         ExportError: The store cannot be read.
     """
-    if base.weights is None or not _is_bucket(store):
+    if base.weights is None or not is_bucket(store):
         return base
     directory = f"{ROOT}/{base.model_id}@{base.revision}"
     there = {file.name: file.size for file in store.list(store.uri(directory), checksums=False)}
@@ -55,6 +62,38 @@ def cached(base: Base, store: ArtifactStore) -> Base:
             weights[name] = _KeptFile(source, store, path) if isinstance(source, HubFile) else source
     log.info("%d of %d weight files are in %s", len(there.keys() & weights.keys()), len(weights), directory)
     return base.reading(weights)
+
+
+def filled(base: Base, store: ArtifactStore, tasks: Tasks, report: Report) -> Base:
+    """As `cached`, after this task's part of what the bucket lacks was copied there.
+
+    For what does not read the files from front to back. What is other tasks' to copy, and not there yet, is read from
+    the hub.
+
+    Args:
+        base: What `open_streamed` gave.
+        store: Whose bucket.
+        tasks: Which part is this task's.
+        report: Told of stage and fraction; what it raises stops the work.
+
+    Raises:
+        ExportError: The hub does not deliver a file, or the store cannot be read.
+    """
+    if base.weights is None or not is_bucket(store):
+        return base
+    names = sorted(base.weights)
+    mine = tasks.deal(names, [base.weights[name].size for name in names])
+    total = sum(base.weights[name].size for name in mine)
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        report("fetching", WRITE_FROM / 2 * done / total)
+
+    with one_at_a_time(_FILLING, lambda: report("fetching", 0.0)):
+        fill(cached(base, store), mine, on_bytes)
+    return cached(base, store)
 
 
 def fill(base: Base, names: Iterable[str], on_bytes: Callable[[int], None]) -> None:
@@ -78,10 +117,6 @@ def fill(base: Base, names: Iterable[str], on_bytes: Callable[[int], None]) -> N
                 block = buffer[: min(BLOCK_BYTES, source.size - start)]
                 stream.read_into(block)
                 on_bytes(len(block))
-
-
-def _is_bucket(store: ArtifactStore) -> bool:
-    return store.uri(ROOT).startswith("gs://")
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,8 @@ def _twin(
         except SourceError as error:
             if error.error_code not in ("base_missing", "base_revision_missing"):
                 raise
-            tried.append(f"{model_id} is not on the hub, or is private")
+            found = "is not on the hub, or is private" if error.error_code == "base_missing" else f"has no {revision!r}"
+            tried.append(f"{model_id} {found}")
     if not isinstance(reason, QuantizedBase):
         raise reason
     raise SourceError(

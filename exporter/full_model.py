@@ -11,7 +11,7 @@ from typing import Any
 from dispatcher.artifacts import ArtifactReader, ArtifactStore, StoredFile, file_uri
 from dispatcher.contract import TrainingJob
 from dispatcher.errors import ExportError, NotFound, SourceError
-from exporter.byte_source import changed
+from exporter.byte_source import ByteSource, changed
 from exporter.checkpoint import (
     INDEX_NAME,
     MAX_INDEX_BYTES,
@@ -28,6 +28,7 @@ from exporter.peft_config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from exporter.quantized import is_stored_quantized, quantization_of
 from exporter.sidefiles import origins, side_file_names
 from exporter.sources import MAX_CONFIG_BYTES, Base, TokenSource, open_side_files
+from exporter.stored_object import StoredObject
 
 log = logging.getLogger(__name__)
 CONFIG_NAME = "config.json"
@@ -166,6 +167,17 @@ def weights_of(model: FullModel) -> Weights:
     weights = {name: _header(model, name) for name in names}
     refuse_astray(weight_map, weights, "model")
     return weights
+
+
+def sources_of(model: FullModel, weights: Weights) -> dict[str, ByteSource] | None:
+    """Where the weight files are read from, by name; None where they are in a directory of this machine.
+
+    Raises:
+        Unavailable: One is not what was listed any more (`source_changed`).
+    """
+    if not model.uri.startswith("gs://"):
+        return None
+    return {name: StoredObject(name, model.open(name)) for name in weights}
 
 
 def _header(model: FullModel, name: str) -> tuple[Tensor, ...]:

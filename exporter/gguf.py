@@ -7,7 +7,7 @@ import os
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dispatcher.artifacts import ArtifactWriter, StoredFile, path_of
+from dispatcher.artifacts import StoredFile, is_bucket, path_of
 from dispatcher.errors import StorageFull, Unsupported
 from exporter import merge
 from exporter.adapter import Adapter
@@ -25,9 +25,11 @@ from exporter.converter import Converted, Stored, convert
 from exporter.documents import read_json_object
 from exporter.gemma import TEMPLATE_FILE, family_of
 from exporter.gguf_feed import language_tensors, projector_tensors, refuse_inconvertible
-from exporter.gguf_file import GgufFile, GgufOverflow, plan_as_converted, plan_quantized, write_files
+from exporter.gguf_file import GgufFile, plan_as_converted, plan_quantized
+from exporter.gguf_parts import Division, write_gguf
 from exporter.gguf_tokenizer import describe_added_tokens
 from exporter.gguf_verify import verify_gguf
+from exporter.gguf_write import GgufOverflow, write_parts
 from exporter.lease import Report
 from exporter.ledger import refuse_unchanged
 from exporter.llama_check import Weights, check_gguf
@@ -37,11 +39,10 @@ from exporter.merged_tensors import MergedTensors
 from exporter.modelfile import MODELFILE_NAME, modelfile
 from exporter.plan import Plan
 from exporter.quantized import config_bytes
-from exporter.shared_pass import Share
+from exporter.side_by_side import one_at_a_time
 from exporter.sources import MAX_CONFIG_BYTES
 
 log = logging.getLogger(__name__)
-WAIT_SECONDS = 0.5
 _RUNNING = threading.Lock()
 """Held by the one export whose file runs in llama.cpp: several at once would take as many memory budgets."""
 VERSION = "1"
@@ -72,7 +73,9 @@ def version() -> str:
     return f"{VERSION}+{merge.VERSION}+torch-{torch.__version__}+llama-cpp-python-{installed_version()}"
 
 
-def make_gguf(attempt: Attempt, model: Model, quantization: str, report: Report, checks: Checks, share: Share) -> Made:
+def make_gguf(
+    attempt: Attempt, model: Model, quantization: str, report: Report, checks: Checks, division: Division
+) -> Made | None:
     """Write a model's GGUF, its projector where it has one, and what belongs beside them.
 
     Args:
@@ -81,7 +84,10 @@ def make_gguf(attempt: Attempt, model: Model, quantization: str, report: Report,
         quantization: One of `dispatcher.contract.QUANTIZATIONS`.
         report: Told of stage and fraction; what it raises stops the work.
         checks: How much is verified.
-        share: Its part in the pass over the base, which other quantizations may share.
+        division: Which part of the file is this task's.
+
+    Returns:
+        What was made, by whomever; None where other tasks are still at their parts of the file.
 
     Raises:
         ExportError: As `refuse_inconvertible`, `convert` and `plan_quantized`; a failed check; a passing fault.
@@ -98,15 +104,20 @@ def make_gguf(attempt: Attempt, model: Model, quantization: str, report: Report,
         report("converting", WRITE_FROM / 2)
         converted = convert(directory, fed, merged.read)
         file = _quantized(converted, directory, model.name, quantization)
-        files = [attempt.publish(file.name, _filled(file, merged, report, share), size=file.size)]
+        written = write_gguf(attempt, file, merged, report, division)
+        if written is None:
+            return None
+        files = [written.stored]
         own = {stored.source for stored in fed.values()}
-        tensors = _facts(file) | {"merged": sum(name in own for name in merged.deltas)}
+        tensors = _facts(file) | {"merged": sum(name in own for name in written.deltas)}
         projector = _projector(attempt, model.name, directory, towers, merged) if towers else None
         if model.adapter is not None:
-            refuse_unchanged(merged.deltas)
+            refuse_unchanged(merged.take_deltas() | written.deltas)
         report("verifying", WRITE_TO)
         verified = verify_gguf(attempt.store, attempt.directory, file, files[0], merged)
-        with _running_alone(report), _as_local_file(attempt, file, directory.parent) as path:
+        alone = one_at_a_time(_RUNNING, lambda: report("verifying", WRITE_TO))
+        with alone, _as_local_file(attempt, file, directory.parent) as path:
+            report("verifying", WRITE_TO)  # it may have waited for minutes
             checked = check_gguf(
                 path,
                 directory,
@@ -135,23 +146,10 @@ def make_gguf(attempt: Attempt, model: Model, quantization: str, report: Report,
 
 
 @contextmanager
-def _running_alone(report: Report) -> Iterator[None]:
-    """Waits for other exports of this process that run a file in llama.cpp; what `report` raises ends the wait."""
-    while not _RUNNING.acquire(timeout=WAIT_SECONDS):
-        report("verifying", WRITE_TO)
-    try:
-        report("verifying", WRITE_TO)
-        yield
-    finally:
-        _RUNNING.release()
-
-
-@contextmanager
 def _as_local_file(attempt: Attempt, file: GgufFile, scratch: Path) -> Iterator[Path]:
     """The written file; of one in a bucket, the metadata, with a hole where the weights would be."""
-    uri = attempt.store.uri(f"{attempt.directory}/{file.name}")
-    if not uri.startswith("gs://"):
-        yield path_of(uri)
+    if not is_bucket(attempt.store):
+        yield path_of(attempt.store.uri(f"{attempt.directory}/{file.name}"))
         return
     path = scratch / file.name
     path.write_bytes(file.head)
@@ -176,20 +174,9 @@ def _facts(file: GgufFile) -> dict[str, Any]:
         "file": file.name,
         "bytes": file.size,
         "tensor_bytes": sum(tensor.nbytes for tensor in file.tensors),
-        "weights": sum(math.prod(tensor.info.shape) for tensor in file.tensors),
+        "weights": file.whole.weights,
         "types": dict(sorted(kinds.items())),
     }
-
-
-def _filled(file: GgufFile, merged: MergedTensors, report: Report, share: Share) -> Callable[[ArtifactWriter], None]:
-    done = 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        report("quantizing", WRITE_FROM + (WRITE_TO - WRITE_FROM) * done / file.size)
-
-    return lambda writer: share.write(file, writer, merged, on_bytes)
 
 
 def _refuse_left_out(plan: Plan, taken: Container[str | None]) -> None:
@@ -261,7 +248,7 @@ def _projector(
     try:
         converted = convert(directory, towers, merged.read, projector=True)
         file = plan_as_converted(converted, template, f"{PROJECTOR_PREFIX}{name}-F16.gguf")
-        stored = attempt.publish(file.name, lambda writer: write_files([file], [writer], merged), size=file.size)
+        stored = attempt.publish(file.name, lambda writer: write_parts([file.whole], [writer], merged), size=file.size)
     except (Unsupported, GgufOverflow) as error:
         changed = sum(bool(merged.outputs[tower.source].change) for tower in towers.values() if tower.source)
         log.warning("the text model goes without a projector: %s", error.message)

@@ -12,7 +12,7 @@ from exporter.adapter import refuse_not_finite
 from exporter.architecture import fitted, fitting_config
 from exporter.artifact import Recipe, Result, Work
 from exporter.attempt import Attempt
-from exporter.base_cache import cached, opener_for
+from exporter.base_cache import filled, opener_for
 from exporter.bases import adapter_config, base_for
 from exporter.checkpoint import INDEX_NAME, open_checkpoint
 from exporter.full_model import (
@@ -22,11 +22,14 @@ from exporter.full_model import (
     is_full_model,
     read_full_model,
     refuse_quantized,
+    sources_of,
     weights_of,
 )
 from exporter.gemma import family_of
 from exporter.gguf import Model, make_gguf
 from exporter.gguf_card import GgufEntry, GgufFacts, gguf_card
+from exporter.gguf_file import PART_WEIGHTS
+from exporter.gguf_parts import Division
 from exporter.lease import Hold
 from exporter.llama_cpp import installed_version
 from exporter.making import Checks, Made
@@ -57,6 +60,7 @@ def export_gguf(
     share: Share,
     tasks: Tasks,
     base_cache: bool,
+    part_weights: int = PART_WEIGHTS,
 ) -> Result | None:
     """Make a GGUF of a training job's model, or find it made already.
 
@@ -71,6 +75,7 @@ def export_gguf(
         share: Its part in the pass over the base, which other quantizations may share.
         tasks: Which part of it is this task's.
         base_cache: Whether a base of the hub is kept in the bucket.
+        part_weights: How many weights a part of the file has, where it is written in parts.
 
     Returns:
         None where this task's part is done, and others are still at theirs.
@@ -95,26 +100,27 @@ def export_gguf(
         raise SourceError(f"training job {job.job_id} names no adapter.", code="adapter_missing")
     files = store.list(job.adapter_path)
     work = Work(store, job, job.adapter_path, files, record, hold)
+    division = Division(share, tasks, part_weights)
     if is_full_model([file.name for file in files]):
-        return _of_full_model(work, token, checks, share, tasks)
+        return _of_full_model(work, token, checks, division)
     base = base_for(job, adapter_config(store, job.adapter_path, files), token, opener=opener_for(store))
     family_of(base.config)
-    if base_cache:
-        base = cached(base, store)
-    return _of_adapter(work, base, checks, share, tasks)
+    return _of_adapter(work, base, checks, division, base_cache=base_cache)
 
 
-def _of_adapter(work: Work, base: Base, checks: Checks, share: Share, tasks: Tasks) -> Result | None:
+def _of_adapter(work: Work, base: Base, checks: Checks, division: Division, *, base_cache: bool) -> Result | None:
+    report, tasks = work.hold.report, division.tasks
+
     def make(attempt: Attempt) -> Made | None:
         with adapter_here(work.store, work.adapter_uri, work.adapter_files) as adapter_dir:
-            own = fitted(base)
+            own = fitted(filled(base, work.store, tasks, report) if base_cache else base)
             plan, adapter, _, config = planned(own, own.checkpoint(), adapter_dir)
             refuse_not_finite(adapter.file)
             beside = side_files(base.directory, adapter_dir)
             template = inner_template(base.directory, adapter_dir)
             origin = " ".join((base.model_id, base.revision, work.fingerprint))
             model = Model(slug(base.model_id), plan, adapter, config, beside, template, origin)
-            return make_gguf(attempt, model, quantization(work.record), work.hold.report, checks, share)
+            return make_gguf(attempt, model, quantization(work.record), report, checks, division)
 
     history = History(
         of_base={"requested": base.requested} if base.requested else {},
@@ -124,7 +130,7 @@ def _of_adapter(work: Work, base: Base, checks: Checks, share: Share, tasks: Tas
     return work.found_or_made(identity, Recipe(make, partial(_card, identity, "adapter"), base, history), tasks)
 
 
-def _of_full_model(work: Work, token: TokenSource, checks: Checks, share: Share, tasks: Tasks) -> Result | None:
+def _of_full_model(work: Work, token: TokenSource, checks: Checks, division: Division) -> Result | None:
     """From the whole model in the adapter's place."""
     found = read_full_model(work.store, work.adapter_uri, work.adapter_files)
     base = base_of_full_model(found, work.job, token)
@@ -132,10 +138,10 @@ def _of_full_model(work: Work, token: TokenSource, checks: Checks, share: Share,
     def make(attempt: Attempt) -> Made | None:
         weights = weights_of(found)
         refuse_quantized(found, weights)
-        wanted = [*weights, INDEX_NAME, CONFIG_NAME, *found.side_files]
-        listed = [found.files[name] for name in wanted if name in found.files]
+        beside_weights = [INDEX_NAME, CONFIG_NAME, *found.side_files]
+        listed = [found.files[name] for name in beside_weights if name in found.files]
         with files_here(work.store, work.adapter_uri, listed) as directory:
-            checkpoint = open_checkpoint(directory)
+            checkpoint = open_checkpoint(directory, sources_of(found, weights))
             config = fitting_config(without_quantization(found.config), checkpoint.tensors())
             beside = {name: directory / name for name in found.side_files}
             if base is not None:
@@ -143,12 +149,13 @@ def _of_full_model(work: Work, token: TokenSource, checks: Checks, share: Share,
             template = inner_template(base.directory if base else directory, directory)
             origin = work.fingerprint
             model = Model(slug(work.job.base_model_id), plan_copy(checkpoint), None, config, beside, template, origin)
-            return make_gguf(attempt, model, quantization(work.record), work.hold.report, checks, share)
+            return make_gguf(attempt, model, quantization(work.record), work.hold.report, checks, division)
 
     history = History(of_base={"files": files_from_base(found, base)}, of_adapter={"kind": "full_model"})
     revision = UNREAD if base is None else base.revision
     identity = work.identity(work.job.base_model_id, revision, ENGINE, gguf.version())
-    return work.found_or_made(identity, Recipe(make, partial(_card, identity, "full_model"), base, history), tasks)
+    recipe = Recipe(make, partial(_card, identity, "full_model"), base, history)
+    return work.found_or_made(identity, recipe, division.tasks)
 
 
 def quantization(record: ExportRecord) -> str:

@@ -123,7 +123,9 @@ def _pinned(model_id: str, commit: str | None, sibling: "RepoSibling", token: st
 
 def _snapshot(model_id: str, revision: str | None, token: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # documented there
 
+    disable_progress_bars()  # a log has one JSON object a line
     return Path(snapshot_download(model_id, revision=revision, token=token or False, allow_patterns=list(patterns)))
 
 

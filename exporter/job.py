@@ -94,7 +94,7 @@ def _run_group(
     group: list[ExportRecord], order: Order, stores: Stores, job: TrainingJob, stop: threading.Event
 ) -> ExitCode:
     """Run exports side by side that share their pass over the base; each is claimed, and fails, by itself."""
-    shared = SharedPass(len(group))
+    shared = SharedPass(len(group), memory_budget=stores.checks.memory_budget)
 
     def run(record: ExportRecord) -> ExitCode:
         share = Share(shared)

@@ -10,6 +10,8 @@ from exporter.attempt import Attempt
 from exporter.checkpoint import Checkpoint, read_tensor_file
 from exporter.sources import Base, files_here
 
+MEMORY_BUDGET = 512 << 20
+"""Bytes, where nothing else is said"""
 WRITE_FROM, WRITE_TO = 0.05, 0.9
 """The part of the progress bar that writing weights takes."""
 
@@ -36,7 +38,7 @@ class Checks:
 
     logits: bool = True
     """Whether logits are compared, where the memory allows"""
-    memory_budget: int = 512 << 20
+    memory_budget: int = MEMORY_BUDGET
     """Bytes that whole models may take for that"""
 
 

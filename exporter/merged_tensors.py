@@ -9,7 +9,7 @@ import torch
 
 from exporter.adapter import Adapter
 from exporter.blocks import FOLD_ELEMENTS, Block, changed_blocks, copied_blocks, matrices_in
-from exporter.byte_source import ByteReader
+from exporter.byte_source import ByteReader, LocalFile
 from exporter.lora import Delta, row_blocks
 from exporter.merge import largest_change, note
 from exporter.plan import OutputFile, OutputTensor, Plan
@@ -28,9 +28,8 @@ class MergedTensors:
     def __init__(self, plan: Plan, adapter: Adapter | None, origin: str = "") -> None:
         self.origin = origin
         self.outputs: Mapping[str, OutputTensor] = {output.tensor.name: output for output in plan.outputs}
-        self.deltas: dict[str, Delta] = {}
-        """Of every changed tensor that was read, how far it went from the base's."""
         self.adapter = adapter
+        self._deltas: dict[str, Delta] = {}
         self._largest = largest_change(plan.outputs)
         self._places = {output.tensor.name: file for file in plan.files for output in file.tensors}
         self._files: dict[str, ByteReader] = {}
@@ -43,6 +42,11 @@ class MergedTensors:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
         self._files.clear()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all of the base is on this machine."""
+        return all(isinstance(file.source.source, LocalFile) for file in self._places.values())
 
     @property
     def scratch_elements(self) -> int:
@@ -85,7 +89,7 @@ class MergedTensors:
             self._open(self._places[name]).read_into(memoryview(buffer)[: block.nbytes], block.start)
         delta = block.make(buffer, scratch)
         with self._lock:
-            note(self.deltas, name, delta)
+            note(self._deltas, name, delta)
         dtype = TORCH_DTYPE[self.outputs[name].tensor.dtype]
         return torch.frombuffer(buffer, dtype=dtype, count=self.elements(name, block))
 
@@ -100,6 +104,12 @@ class MergedTensors:
             whole[done : done + len(values)].copy_(values)
             done += len(values)
         return whole.view(tensor.shape)
+
+    def take_deltas(self) -> dict[str, Delta]:
+        """Of every changed tensor that was read since this was last asked, how far it went from the base's."""
+        with self._lock:
+            taken, self._deltas = self._deltas, {}
+        return taken
 
     def _open(self, file: OutputFile) -> ByteReader:
         with self._lock:

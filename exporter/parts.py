@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass
 import pydantic
 
 from dispatcher.artifacts import ArtifactWriter, StoredFile
-from dispatcher.errors import NotFound
+from dispatcher.errors import ArtifactConflict, NotFound
 from exporter.attempt import Attempt
 from exporter.lora import Delta
 
@@ -83,6 +83,9 @@ class Parts:
     def write(self, name: str, fill: Fill, size: int) -> Part:
         """Publish a part, then its marker.
 
+        Where somebody else has finished the same bytes meanwhile, their marker counts: sums of floats are not the same
+        in every order of the blocks.
+
         Args:
             name: Its name.
             fill: Writes it.
@@ -99,13 +102,20 @@ class Parts:
         self._own.add(name)
         part = Part(self._attempt.publish(name, filled, size=size, folder=self._folder, is_part=True), deltas)
         content = _encoded(part)
-        self._attempt.publish(
-            f"{name}{_MARKER}",
-            lambda writer: writer.write(content),
-            size=len(content),
-            folder=self._attempt.parts_directory,
-            is_part=True,
-        )
+        try:
+            self._attempt.publish(
+                f"{name}{_MARKER}",
+                lambda writer: writer.write(content),
+                size=len(content),
+                folder=self._attempt.parts_directory,
+                is_part=True,
+            )
+        except ArtifactConflict:
+            theirs = self._read(name)
+            if theirs is None or theirs.file != part.file:
+                raise
+            self._own.discard(name)
+            return theirs
         return part
 
     def _read(self, name: str) -> Part | None:

@@ -1,14 +1,17 @@
-"""One pass over a base for several exports: each comes with its file, and the last to come sets the pass going.
+"""Passes over a base for several exports: in each round every one brings a part of its file, and like ones are written.
 
 Every export goes its own way otherwise, in a thread of its own: one that is cancelled, or finds no room, ends alone.
 """
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from exporter.gguf_file import GgufFile, write_files
+from exporter.gguf_file import GgufPart
+from exporter.gguf_write import write_parts
+from exporter.lora import Delta
+from exporter.making import MEMORY_BUDGET
 from exporter.merge import OnBytes, Sink
 from exporter.merged_tensors import MergedTensors
 
@@ -17,15 +20,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class _Entry:
-    """One export's part; a sink that swallows what comes after its failure, while others go on."""
+    """One export's part of a file; a sink that swallows what comes after its failure, while others go on."""
 
-    file: GgufFile
+    part: GgufPart
     sink: Sink
     merged: MergedTensors
     on_bytes: OnBytes
     group: Sequence["_Entry"] = ()
     error: Exception | None = None
-    done: threading.Event = field(default_factory=threading.Event)
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    is_done: bool = False
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Which tensors of which model: what is the same can be written at once."""
+        return self.merged.origin, *(tensor.name for tensor in self.part.tensors)
 
     def write(self, data: memoryview) -> None:
         if self.error is None:
@@ -48,101 +57,112 @@ class _Entry:
 
 
 class SharedPass:
-    """A pass that a known number of exports may take part in.
+    """Passes that a known number of exports may take part in, in rounds.
+
+    A round begins when every export that has not left has brought a part. Of these the earliest in its file is written,
+    with the same of others; whoever brought a later one waits for the rounds in which the others have come that far.
 
     Args:
         members: How many; each has a `Share`.
+        memory_budget: Bytes that the buffers of a pass may take.
     """
 
-    def __init__(self, members: int) -> None:
-        self._missing = members
-        self._entries: list[_Entry] = []
+    def __init__(self, members: int, *, memory_budget: int = MEMORY_BUDGET) -> None:
+        self._members = members
+        self._memory_budget = memory_budget
+        self._waiting: list[_Entry] = []
         self._changed = threading.Condition()
         self.passes = 0
-        """How often the base was read"""
+        """How often the base was read, or a part of it"""
 
-    def write(self, entry: _Entry, *, awaited: bool) -> None:
-        """Have an entry written, with those of all others if it is `awaited`; returns when it is."""
-        leads = True
-        if awaited:
-            with self._changed:
-                self._entries.append(entry)
-                leads = self._entries[0] is entry
-                self._came()
-                self._changed.wait_for(lambda: self._missing == 0)
-        if leads:
-            self._run(self._entries if awaited else [entry])
-        entry.done.wait()
+    def write(self, entry: _Entry) -> None:
+        """Have an entry written, in a round with the other members'; returns when it is."""
+        with self._changed:
+            self._waiting.append(entry)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: entry.is_done or self._round()[:1] == [entry])
+            group = [] if entry.is_done else self._round()
+        if not group:
+            return
+        self.run(group)
+        with self._changed:
+            self._waiting = [other for other in self._waiting if other not in group]
+            for other in group:
+                other.is_done = True
+            self._changed.notify_all()
 
     def leave(self) -> None:
         """Do not wait for one of the members any more."""
         with self._changed:
-            self._came()
+            self._members -= 1
+            self._changed.notify_all()
 
-    def _came(self) -> None:
-        self._missing -= 1
-        self._changed.notify_all()
-
-    def _run(self, entries: Sequence[_Entry]) -> None:
-        groups: dict[object, list[_Entry]] = {}
-        for entry in entries:
-            same = (entry.merged.origin, *(tensor.name for tensor in entry.file.tensors))
-            groups.setdefault(same, []).append(entry)
-        for group in groups.values():
-            self._run_group(group)
-
-    def _run_group(self, group: Sequence[_Entry]) -> None:
-        """One pass, for files of the same tensors in the same order, of the same base and adapter."""
+    def run(self, group: Sequence[_Entry]) -> None:
+        """One pass, for entries of the same tensors."""
         self.passes += 1
-        log.info("one pass over the base for %s", ", ".join(entry.file.name for entry in group))
+        log.info("one pass over the base for %s", ", ".join(entry.part.name for entry in group))
         for entry in group:
             entry.group = group
         try:
-            write_files(
-                [entry.file for entry in group],
+            write_parts(
+                [entry.part for entry in group],
                 group,
                 group[0].merged,
                 lambda place, error: group[place].give_up(error),
+                memory_budget=self._memory_budget,
             )
         except Exception as error:  # noqa: BLE001  # raised where each export waits
             for entry in group:
                 entry.error = entry.error or error
+        read = group[0].merged.take_deltas()
         for entry in group:
-            entry.merged.deltas |= group[0].merged.deltas
-            entry.done.set()
+            entry.deltas = entry.merged.take_deltas() | read
+
+    def _round(self) -> list[_Entry]:
+        """The entries that are written next, or now, the one whose thread does it first; none before all have come."""
+        if len(self._waiting) < self._members:
+            return []
+        first = min(self._waiting, key=lambda entry: entry.part.number)
+        return [entry for entry in self._waiting if entry.tensors == first.tensors]
 
 
 class Share:
-    """One export's part in a shared pass.
+    """One export's part in shared passes.
 
     Args:
-        shared: The pass; None is one of its own.
+        shared: The passes; None is some of its own.
     """
 
     def __init__(self, shared: SharedPass | None = None) -> None:
         self._shared = shared or SharedPass(1)
-        self._awaited = True
+        self._has_left = False
 
-    def write(self, file: GgufFile, sink: Sink, merged: MergedTensors, on_bytes: OnBytes) -> None:
-        """Have a file written along with those of the others; a second one is written at once.
+    def write(self, part: GgufPart, sink: Sink, merged: MergedTensors, on_bytes: OnBytes) -> Mapping[str, Delta]:
+        """Have a part of a file written along with those of the others; after `leave`, at once and alone.
 
         Args:
-            file: What to write.
+            part: What to write; later ones come later in the file.
             sink: Where to.
-            merged: What of; the others' are of the same model.
-            on_bytes: Told of every block, in bytes of this file.
+            merged: What of; what others bring of the same origin is of the same model.
+            on_bytes: Told of every block, in bytes of this part.
+
+        Returns:
+            Of every changed tensor that was read for it, how far it went from the base's.
 
         Raises:
-            Exception: What the sink or `on_bytes` raised, or `write_files` did.
+            Exception: What the sink or `on_bytes` raised, or `write_parts` did.
         """
-        entry, awaited = _Entry(file, sink, merged, on_bytes), self._awaited
-        self._awaited = False
-        self._shared.write(entry, awaited=awaited)
+        entry = _Entry(part, sink, merged, on_bytes)
+        if self._has_left:
+            self._shared.run([entry])
+        else:
+            self._shared.write(entry)
         if entry.error is not None:
             raise entry.error
+        return entry.deltas
 
     def leave(self) -> None:
-        """Say that this export is done, or will not take part: found finished, refused, failed."""
-        if self._awaited:
-            self._awaited = False
+        """Say that this export has nothing more to write, or will not take part: found finished, refused, failed."""
+        if not self._has_left:
+            self._has_left = True
             self._shared.leave()

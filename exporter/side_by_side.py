@@ -12,6 +12,7 @@ from exporter.making import WRITE_FROM, WRITE_TO
 
 TRANSFER_BYTES = 96 << 20
 """About what one file takes on its way from the hub to a bucket: chunks that are read ahead, copied, and uploaded."""
+WAIT_SECONDS = 0.5
 
 Item = TypeVar("Item")
 Done = TypeVar("Done")
@@ -52,6 +53,22 @@ class Progress:
             self._done += count
             fraction = min(1.0, self._done / self._total)
         self._report(self._stage, WRITE_FROM + (WRITE_TO - WRITE_FROM) * fraction)
+
+
+@contextmanager
+def one_at_a_time(lock: threading.Lock, while_waiting: Callable[[], object]) -> Iterator[None]:
+    """Holds a lock that other exports of this process may hold for long.
+
+    Args:
+        lock: The lock.
+        while_waiting: Called now and then; what it raises ends the wait.
+    """
+    while not lock.acquire(timeout=WAIT_SECONDS):
+        while_waiting()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def side_by_side(make: Callable[[Item], Done], items: Sequence[Item], lanes: int) -> list[Done]:

@@ -2,6 +2,7 @@
 
 import sqlite3
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,15 @@ def test_an_execution_has_the_tasks_that_its_base_is_worth(world: World, base: s
     database.close()
     world.trigger.start(MESSAGE)
     assert world.machines.tasks == {"execution-1": tasks}
+
+
+def test_one_machine_has_one_task_whatever_the_base(tmp_path: Path) -> None:
+    """Its cores and its disk are one task's already."""
+    world = World(tmp_path, several_tasks=False)
+    world.job(base_model_id="google/gemma-3-27b-it")
+    world.submit()
+    world.trigger.start(MESSAGE)
+    assert world.machines.tasks == {"execution-1": 1}
 
 
 def test_a_hundred_deliveries_at_once_start_one_execution(world: World) -> None:

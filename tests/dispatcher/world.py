@@ -101,7 +101,7 @@ class Machines:
 class World:
     """Everything around the service, and what others (the training service, the exporter) do to it."""
 
-    def __init__(self, home: Path, *, tokens: TokenStore | None = None, **limits: int) -> None:
+    def __init__(self, home: Path, *, tokens: TokenStore | None = None, **limits: Any) -> None:
         self.home = home
         self.clock = Clock()
         self.records = SqliteRecords(home / "records.db")

@@ -11,6 +11,7 @@ from dispatcher.contract import ExportRecord, ExportType, State, TrainingJob
 from dispatcher.local_artifacts import LocalArtifacts
 from exporter.artifact import Result
 from exporter.gguf_export import export_gguf
+from exporter.gguf_file import PART_WEIGHTS
 from exporter.lease import Hold
 from exporter.making import Checks
 from exporter.merged import export_merged
@@ -19,6 +20,7 @@ from exporter.tasks import Tasks
 
 QUICK = Checks(logits=False)
 """Without the logits, which take a whole model or two; they have tests of their own."""
+ONE = Tasks()
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
@@ -35,6 +37,11 @@ class Undisturbed:
 def training_document(base: Path | str, adapter: Path | str) -> dict[str, Any]:
     """The document of a completed training job of user `ann`."""
     return {"user_id": "ann", "status": "completed", "base_model_id": str(base), "adapter_path": str(adapter)}
+
+
+def training_job(base: Path | str, adapter: Path | str, **document: Any) -> TrainingJob:
+    """The job of `training_document`, with further fields."""
+    return TrainingJob.from_document("job-1", {**training_document(base, adapter), **document})
 
 
 def merged_record(**fields: object) -> ExportRecord:
@@ -96,7 +103,7 @@ def export_part(
     """As `export`, what one of several tasks does; None where others are still at theirs."""
     return export_merged(
         store,
-        TrainingJob.from_document("job-1", {**training_document(base, adapter), **document}),
+        training_job(base, adapter, **document),
         merged_record(),
         engine=engine,
         token=lambda: None,
@@ -111,6 +118,38 @@ def gguf_record(quantization: str, **fields: object) -> ExportRecord:
     """The record of `job-1.gguf.{quantization}`, queued."""
     export_id = f"job-1.gguf.{quantization}"
     return merged_record(export_id=export_id, export_type=ExportType.GGUF, quantization=quantization, **fields)
+
+
+def gguf_of(
+    store: ArtifactStore,
+    job: TrainingJob,
+    quantization: str,
+    *,
+    tasks: Tasks = ONE,
+    part_weights: int = PART_WEIGHTS,
+    shared: SharedPass | None = None,
+    engine: str = "auto",
+    hold: Hold | None = None,
+    base_cache: bool = True,
+) -> Result | None:
+    """Do one task's part of a GGUF export; arguments, result and errors as of `export_gguf`."""
+    share = Share(shared)
+    try:
+        return export_gguf(
+            store,
+            job,
+            gguf_record(quantization),
+            engine=engine,
+            token=lambda: None,
+            hold=hold or Undisturbed(),
+            checks=QUICK,
+            share=share,
+            tasks=tasks,
+            base_cache=base_cache,
+            part_weights=part_weights,
+        )
+    finally:
+        share.leave()
 
 
 def export_gguf_of(
@@ -133,27 +172,12 @@ def export_gguf_of(
     """
     shared = shared or SharedPass(len(quantizations))
     artifacts = LocalArtifacts(store) if isinstance(store, Path) else store
-    job = TrainingJob.from_document("job-1", {**training_document(base, adapter), **document})
+    job = training_job(base, adapter, **document)
 
     def run(quantization: str) -> Result:
-        share = Share(shared)
-        try:
-            result = export_gguf(
-                artifacts,
-                job,
-                gguf_record(quantization),
-                engine=engine,
-                token=lambda: None,
-                hold=Undisturbed(),
-                checks=QUICK,
-                share=share,
-                tasks=Tasks(),
-                base_cache=True,
-            )
-            assert result is not None
-            return result
-        finally:
-            share.leave()
+        result = gguf_of(artifacts, job, quantization, engine=engine, shared=shared)
+        assert result is not None
+        return result
 
     with ThreadPoolExecutor(len(quantizations)) as pool:
         return list(pool.map(run, quantizations))

@@ -12,8 +12,9 @@ from dispatcher.local_artifacts import LocalArtifacts
 from exporter.checkpoint import open_checkpoint
 from exporter.converter import convert
 from exporter.gguf_feed import language_tensors
-from exporter.gguf_file import GgufFile, GgufTensor, plan_quantized, write_files
+from exporter.gguf_file import GgufFile, GgufTensor, plan_quantized
 from exporter.gguf_verify import verify_gguf
+from exporter.gguf_write import write_parts
 from exporter.merged_tensors import MergedTensors
 from exporter.plan import plan_copy
 from exporter.sources import open_base
@@ -36,7 +37,7 @@ class Written:
     def __init__(self, place: Path, merged: MergedTensors, unmerged: MergedTensors, file: GgufFile) -> None:
         self.store = LocalArtifacts(place)
         self.merged, self.unmerged, self.file = merged, unmerged, file
-        self.stored = self.publish(lambda writer: write_files([file], [writer], merged))
+        self.stored = self.publish(lambda writer: write_parts([file.whole], [writer], merged))
         self.path = path_of(self.store.uri(f"{DIRECTORY}/{file.name}"))
 
     def publish(self, fill: Callable[..., object]) -> StoredFile:
@@ -113,7 +114,7 @@ def _leave_a_tensor_unmerged(file: Written) -> None:
     """One of the base's, instead of what base and adapter make; written whole and sound."""
     content = bytearray(file.path.read_bytes())
     other = bytearray()
-    write_files([file.file], [_Bytes(other)], file.unmerged)
+    write_parts([file.file.whole], [_Bytes(other)], file.unmerged)
     tensor = file.merged_tensors()[-1]
     part = slice(tensor.start, tensor.start + tensor.nbytes)
     assert content[part] != other[part]

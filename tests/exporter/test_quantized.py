@@ -329,6 +329,7 @@ def test_a_quantized_id_without_a_twin_is_refused_with_what_was_tried(hub: Hub, 
     cases = {
         "no twin on the hub": (job("ann/lonely-bnb-4bit"), unknown, "base_quantized"),
         "no name to go by": (job("ann/packed"), naming("ann/packed"), "base_quantized"),
+        "no such revision of the adapter's": (job("ann/packed"), naming(TWIN, revision="v9"), "base_quantized"),
         "the adapter's is quantized too": (job("ann/lonely-bnb-4bit"), naming("ann/packed"), "base_quantized"),
         "neither is there": (job("ann/nothing-bnb-4bit"), unknown, "base_missing"),
         "no such revision": (job(QUANTIZED, base_model_revision="v9"), unknown, "base_revision_missing"),
@@ -339,7 +340,8 @@ def test_a_quantized_id_without_a_twin_is_refused_with_what_was_tried(hub: Hub, 
     codes = dict(zip(cases, (code for code, _ in answers), strict=True))
     assert codes == {name: code for name, (_, _, code) in cases.items()}, answers
     assert "ann/lonely is not on the hub" in answers[0][1]
-    assert "ann/packed is quantized too" in answers[2][1]
+    assert f"{TWIN} has no 'v9'" in answers[2][1]
+    assert "ann/packed is quantized too" in answers[3][1]
     assert "merge_base" in answers[1][1]
     assert not [path for path in hub.fetched if path.endswith(".safetensors")]
 

@@ -150,18 +150,19 @@ UNSCALED = ("gemma3n", "gemma4_text", "gemma4", "gemma4_moe")
 queries. Without it the least rounding decides to which token a random model attends."""
 
 
-def llama_base(family: str, directory: Path, *, seed: int = 0) -> Path:
+def llama_base(family: str, directory: Path, *, seed: int = 0, shard_bytes: int | None = None) -> Path:
     """Write a base that llama.cpp converts: bfloat16 weights, config, tokenizer, chat template, processor.
 
     Args:
         family: One of `LLAMA_FAMILIES`.
         directory: Created if missing.
         seed: Of the weights.
+        shard_bytes: As for `save_base`.
 
     Returns:
         `directory`.
     """
-    save_base(family, directory, model=_model(family, seed), with_tokenizer=False)
+    save_base(family, directory, model=_model(family, seed), with_tokenizer=False, shard_bytes=shard_bytes)
     if family in MULTIMODAL:
         save_processor(family, directory)
     for name, content in _tokenizer_files(family.startswith("gemma4"), family in ("gemma", "gemma2")).items():
