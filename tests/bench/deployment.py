@@ -43,8 +43,9 @@ class Deployment:
         self.records = SqliteRecords(root / "records.db")
         self.tokens = FileTokens(root / "tokens")
         self.storage_url = storage_url
-        credentials = AnonymousCredentials()  # type: ignore[no-untyped-call]  # the client ships no types
-        self._bucket = Client("local", credentials, client_options={"api_endpoint": storage_url}).bucket(BUCKET)
+        self._bucket = Client("local", AnonymousCredentials(), client_options={"api_endpoint": storage_url}).bucket(
+            BUCKET
+        )
         for file in adapter.iterdir():
             self._bucket.blob(f"{ADAPTER}/{file.name}").upload_from_filename(file)
         self._variables = {
@@ -77,7 +78,13 @@ class Deployment:
         return [sys.executable, "-m", "exporter", job_id]
 
     def environment(
-        self, job_id: str, *, attempt: int = 0, index: int = 0, count: int = 1, **settings: str
+        self,
+        job_id: str,
+        *,
+        attempt: int = 0,
+        index: int = 0,
+        count: int = 1,
+        settings: Mapping[str, str] | None = None,
     ) -> dict[str, str]:
         """All variables of a task, whose disk is `disk` of the same arguments."""
         disk = self.disk(job_id, attempt, index)
@@ -91,18 +98,16 @@ class Deployment:
             "CLOUD_RUN_TASK_INDEX": str(index),
             "CLOUD_RUN_TASK_COUNT": str(count),
             "CLOUD_RUN_TASK_ATTEMPT": str(attempt),
-            **settings,
+            **(settings or {}),
         }
 
     def disk(self, job_id: str, attempt: int = 0, index: int = 0) -> Path:
         """Where a task's own files are."""
         return self.disks / f"{job_id}-{index}-{attempt}"
 
-    def start(
-        self, job_id: str, *, attempt: int = 0, index: int = 0, count: int = 1, **settings: str
-    ) -> subprocess.Popen[bytes]:
+    def start(self, job_id: str, *, attempt: int = 0, index: int = 0, count: int = 1) -> subprocess.Popen[bytes]:
         """Start a task; what it prints goes to a file in `logs`."""
-        environment = self.environment(job_id, attempt=attempt, index=index, count=count, **settings)
+        environment = self.environment(job_id, attempt=attempt, index=index, count=count)
         with (self.logs / f"{job_id}-{index}-{attempt}.log").open("wb") as log:
             return subprocess.Popen(self.command(job_id), env=environment, stdout=log, stderr=log)
 
@@ -115,12 +120,12 @@ class Deployment:
         return {blob.name.removeprefix(prefix): int(blob.size) for blob in self._bucket.list_blobs(prefix=prefix)}
 
     def artifact(self, job_id: str) -> dict[str, str]:
-        """A merged model: of each file the MD5 that the bucket tells; of the manifest all but its `run`."""
+        """A merged model: of each file size and CRC-32C, as the bucket tells; of the manifest all but its `run`."""
         prefix = f"merged_models/{job_id}/"
         found = {}
         for blob in self._bucket.list_blobs(prefix=prefix):
             version, _, name = blob.name.removeprefix(prefix).partition("/")
-            found[f"{version}/{name}"] = blob.md5_hash
+            found[f"{version}/{name}"] = f"{blob.size} bytes, {blob.crc32c}"
             if name == MANIFEST:
                 manifest = json.loads(blob.download_as_bytes())
                 del manifest["run"]

@@ -153,7 +153,7 @@ def noted_servers(base: Path, objects: Path, *, secret: str, bytes_per_second: f
         NotedStorage(secret, bytes_per_second) as storage,
         fake_gcs(objects, public_url=storage.url) as upstream,
     ):
-        storage.upstream = urlsplit(upstream).netloc
+        storage.upstream, storage.directory = urlsplit(upstream).netloc, objects
         storage.answer(Request("POST", "/storage/v1/b?project=local", {}, f'{{"name": "{BUCKET}"}}'.encode()))
         with in_thread(storage):
             yield Noted(hub, storage)

@@ -115,7 +115,7 @@ class _Way:
                 deployment.delete("merged_models/")
             job_id = f"job-{[*OURS].index(state)}"
             deployment.submit(job_id)
-            environment = deployment.environment(job_id, **OURS[state])
+            environment = deployment.environment(job_id, settings=OURS[state])
             with written_to(deployment.disk(job_id)) as files:
                 cost = measured(deployment.command(job_id), environment)
             return Run(cost, files)

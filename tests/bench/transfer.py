@@ -21,7 +21,7 @@ def upload(bucket: str, prefix: str, directory: str) -> None:
     from google.auth.credentials import AnonymousCredentials
     from google.cloud.storage import Client
 
-    there = Client("local", AnonymousCredentials()).bucket(bucket)  # type: ignore[no-untyped-call]  # it ships no types
+    there = Client("local", AnonymousCredentials()).bucket(bucket)
     for path in sorted(Path(directory).iterdir()):
         there.blob(f"{prefix}/{path.name}").upload_from_filename(path)
 
@@ -35,4 +35,12 @@ def seed(model_id: str, adapter: str, bucket: str, prefix: str, directory: str) 
 
 
 if __name__ == "__main__":
-    {"download": download, "upload": upload, "seed": seed}[sys.argv[1]](*sys.argv[2:])
+    match sys.argv[1:]:
+        case ["download", model_id]:
+            download(model_id)
+        case ["upload", *arguments]:
+            upload(*arguments)
+        case ["seed", *arguments]:
+            seed(*arguments)
+        case other:
+            sys.exit(f"{other}: expected one of the commands above")
