@@ -18,7 +18,7 @@ from tests.bench.inputs import Size, prepare
 from tests.bench.leaks import is_used, leaks
 from tests.bench.servers import Noted, noted_servers
 
-BASE = Size("8x32", 8, 1024, 4608, 4, 1, 320, shard_bytes=(32 << 20) + 320 * 2048)
+BASE = Size("8x32", 8, 1024, 4608, 4, 1, 320, shard_bytes=(32 << 20) + 320 * 2048, rank=8)
 """Eight shards of 32 MiB, each a layer"""
 BYTES_PER_SECOND = 12 << 20
 """Of each connection: so that most of a run is transfer, and not the start of a process"""

@@ -27,8 +27,7 @@ _NAME = re.compile(rb'"name": ?"([^"]+)"')
 def hub_process(base: Path, *, bytes_per_second: float | None = None) -> Iterator[str]:
     """`python -m infra.local.hub` with one repository, `MODEL_ID`; yields its URL."""
     with _process("infra.local.hub", f"{MODEL_ID}={base}", bytes_per_second) as url:
-        # It tells digests, which it has to compute first: once, and not while somebody is measured.
-        requests.get(f"{url}/api/models/{MODEL_ID}?blobs=true", timeout=600).raise_for_status()
+        _warm(url)
         yield url
 
 
@@ -37,6 +36,11 @@ def storage_process(directory: Path, *, bytes_per_second: float | None = None) -
     """`python -m infra.local.storage` with an empty bucket, `BUCKET`; yields its URL."""
     with _process("infra.local.storage", str(directory), bytes_per_second, "--bucket", BUCKET) as url:
         yield url
+
+
+def _warm(hub_url: str) -> None:
+    """Let a hub compute the digests that it tells: it does so once, and not while somebody is measured."""
+    requests.get(f"{hub_url}/api/models/{MODEL_ID}?blobs=true", timeout=600).raise_for_status()
 
 
 @contextmanager
@@ -155,6 +159,7 @@ def noted_servers(base: Path, objects: Path, *, secret: str, bytes_per_second: f
     ):
         storage.upstream, storage.directory = urlsplit(upstream).netloc, objects
         storage.answer(Request("POST", "/storage/v1/b?project=local", {}, f'{{"name": "{BUCKET}"}}'.encode()))
+        _warm(hub.url)
         with in_thread(storage):
             yield Noted(hub, storage)
 

@@ -157,6 +157,10 @@ def show(console: Console, results: Results, inputs: dict[str, tuple[Path, Path]
                 f"{what}: written to disk besides the adapter", (_written(runs) - adapter) / MIB, METADATA / MIB, " MiB"
             )
             row(f"{what}: wall, relative to download + upload", _seconds(runs) / transfers, TRANSFER_GOAL, " x")
+            if state == FIRST:
+                # It uploads twice as much: the artifact, and the base for those who come after.
+                ratio = _seconds(runs) / (transfers + _seconds(by_label[UPLOAD]))
+                goals.add_row(f"{what}: likewise, to download + 2 uploads", f"{ratio:.3g} x", "", "")
             if SEED in by_label:
                 row(f"{what}: wall, relative to PEFT's way", _seconds(runs) / _seconds(by_label[SEED]), SEED_GOAL, " x")
     console.print(goals)

@@ -91,13 +91,14 @@ def test_it_runs_as_a_process_of_its_own(
             server.stdout.close()
 
 
-LARGE = bytes(range(256)) * (5 << 12)  # more than the client sends in one request
+LARGE = bytes(range(256)) * (9 << 12)
+"""More than the client sends in one request"""
 
 
 @pytest.mark.parametrize("name", ["folder/large-1.bin", "a name that is escaped: 100 %"])
 def test_a_finished_session_is_an_object_as_any_other(storage_proxy: StorageProxy, bucket: str, name: str) -> None:
     """Whether its file became the object or was sent; it is there once, replaced when that is asked for."""
-    blob = bucket_named(bucket).blob(name, chunk_size=1 << 20)
+    blob = bucket_named(bucket).blob(name, chunk_size=4 << 20)
     blob.upload_from_string(LARGE, content_type="text/plain", if_generation_match=0)
     found = bucket_named(bucket).get_blob(name)
     assert (found.size, found.crc32c, found.content_type) == (len(LARGE), blob.crc32c, "text/plain")
@@ -106,11 +107,11 @@ def test_a_finished_session_is_an_object_as_any_other(storage_proxy: StorageProx
     assert [other.name for other in bucket_named(bucket).list_blobs()] == sorted(["a", "b", name])
     for condition in (0, found.generation + 1):
         with pytest.raises(PreconditionFailed):
-            bucket_named(bucket).blob(name, chunk_size=1 << 20).upload_from_string(
+            bucket_named(bucket).blob(name, chunk_size=4 << 20).upload_from_string(
                 LARGE[::-1], if_generation_match=condition
             )
     assert found.download_as_bytes() == LARGE
-    replacing = bucket_named(bucket).blob(name, chunk_size=1 << 20)
+    replacing = bucket_named(bucket).blob(name, chunk_size=4 << 20)
     replacing.upload_from_string(LARGE[::-1], if_generation_match=found.generation)
     assert replacing.generation != found.generation
     assert replacing.download_as_bytes() == LARGE[::-1]
