@@ -5,6 +5,8 @@ import time
 from io import BufferedIOBase
 
 _SLICE = 64 << 10
+_MADE_UP_SECONDS = 0.05
+"""What a thread that is woken late makes up for, or a busy machine's connections would be slower than they are told."""
 
 
 class Pace:
@@ -42,5 +44,5 @@ class Pace:
 
     def _wait(self, count: int, rate: float) -> None:
         now = time.monotonic()
-        self._free_at = max(self._free_at, now) + count / rate
-        self._tick.wait(self._free_at - now)
+        self._free_at = max(self._free_at, now - _MADE_UP_SECONDS) + count / rate
+        self._tick.wait(max(0.0, self._free_at - now))

@@ -1,17 +1,13 @@
 """Cloud Storage on this machine: fake-gcs-server, behind a proxy that adds what the real service does and it lacks.
 
-That is: preconditions on reads, deletes and compositions, preconditions and lost answers of resumable uploads,
-checksums of uploads; and faults on demand for tests, and connections of a given speed for benches. What fake-gcs-server
-checks itself is `ifGenerationMatch` on one-request uploads, so a finished session becomes one of those.
+That is: preconditions, lost answers of resumable uploads, checksums; and for tests and benches, faults and a speed.
 Source: https://cloud.google.com/storage/docs/request-preconditions
 """
 
 import argparse
 import http.client
-import itertools
 import json
 import re
-import secrets
 import signal
 import sys
 import threading
@@ -28,8 +24,9 @@ from requests.structures import CaseInsensitiveDict
 
 from infra.local.composing import compose_fault
 from infra.local.pace import Pace
+from infra.local.placing import place
 from infra.local.servers import HOST, fake_gcs, in_thread
-from infra.local.uploads import Answer, Session, Upload, multipart_fault, refusal
+from infra.local.uploads import Answer, Session, Upload, generation_in, multipart_fault, refusal
 
 _HOP_BY_HOP = frozenset({"connection", "content-length", "date", "keep-alive", "transfer-encoding"})
 _OBJECT = re.compile(r"(?:/download)?(/storage/v1/b/[^/]+/o/[^/]+)")
@@ -81,6 +78,7 @@ class StorageProxy(ThreadingHTTPServer):
     Attributes:
         url: Where it answers.
         upstream: `host:port` of fake-gcs-server.
+        directory: Where that keeps its buckets; None is in memory.
         bytes_per_second: How many each connection carries, in each direction; None is as many as can.
         requests: Every request so far, as method, target and size of the body in bytes.
     """
@@ -92,6 +90,7 @@ class StorageProxy(ThreadingHTTPServer):
         self.bytes_per_second = bytes_per_second
         self.url = f"http://{HOST}:{self.server_port}"
         self.upstream = ""
+        self.directory: Path | None = None
         self.requests: list[tuple[str, str, int]] = []
         self._planned: list[_Planned] = []
         self._sessions: dict[str, Session] = {}
@@ -102,6 +101,11 @@ class StorageProxy(ThreadingHTTPServer):
         """Let something happen to the next requests of a method whose target contains `part`, after `skip` others."""
         with self._lock:
             self._planned.append(_Planned(fault, method, part, skip, times))
+
+    def server_close(self) -> None:
+        super().server_close()
+        for session in self._sessions.values():
+            session.close()
 
     def heal(self) -> None:
         """Forget all faults that did not happen yet, and the requests so far."""
@@ -144,7 +148,7 @@ class StorageProxy(ThreadingHTTPServer):
             return self._forwarded(request) if self._generation(named[1]) == wanted else _REFUSED
         answer = self._forwarded(request)
         # Told by the answer itself, so that nothing can be replaced between check and read.
-        there = answer.headers.get("X-Goog-Generation") or _generation_in(answer.body)
+        there = answer.headers.get("X-Goog-Generation") or generation_in(answer.body)
         return _REFUSED if answer.status < HTTPStatus.BAD_REQUEST and there != wanted else answer
 
     def _initiated(self, request: Request, bucket: str, wanted: str | None) -> Answer:
@@ -158,10 +162,12 @@ class StorageProxy(ThreadingHTTPServer):
             return _REFUSED
 
         def publish(upload: Upload) -> Answer:
+            if (placed := self._placed(bucket, upload, wanted)) is not None:
+                return placed
             condition = "" if wanted is None else f"&ifGenerationMatch={wanted}"
-            return self._stored(f"/upload{target}/o?uploadType=multipart{condition}", upload)
+            return self._sent("POST", f"/upload{target}/o?uploadType=multipart{condition}", *upload.as_multipart())
 
-        session = Session(metadata, publish)
+        session = Session(metadata, publish, self.directory)
         with self._lock:
             self._sessions[session.id] = session
         location = f"{self.url}{request.path}?uploadType=resumable&upload_id={session.id}"
@@ -176,23 +182,24 @@ class StorageProxy(ThreadingHTTPServer):
                 return _REFUSED
             return self._forwarded(request)
 
-    def _stored(self, target: str, upload: Upload) -> Answer:
-        boundary = secrets.token_hex(16)
-        kind = upload.metadata["contentType"]
-        head = f"--{boundary}\r\nContent-Type: application/json\r\n\r\n{json.dumps(upload.metadata)}\r\n"
-        head += f"--{boundary}\r\nContent-Type: {kind}\r\n\r\n"
-        tail = f"\r\n--{boundary}--"
-        headers = {
-            "Content-Type": f"multipart/related; boundary={boundary}",
-            "Content-Length": str(len(head.encode()) + upload.size + len(tail)),
-        }
-        body = itertools.chain([head.encode()], upload.content, [tail.encode()])
-        return self._sent("POST", target, headers, body)
+    def _placed(self, bucket: str, upload: Upload, wanted: str | None) -> Answer | None:
+        """The answer to a finished upload whose file was made the object; None where it has to be sent."""
+        if self.directory is None:
+            return None
+        target = f"/storage/v1/b/{bucket}/o/{quote(upload.metadata['name'], safe='')}"
+        with self._composing:
+            if wanted not in (None, "0") and self._generation(target) != wanted:
+                return _REFUSED
+            try:
+                done = place(upload.file, self.directory, bucket, upload.metadata, upload.crc, new=wanted == "0")
+            except FileExistsError:
+                return _REFUSED
+        return self._forwarded(Request("GET", target, {}, b"")) if done else None
 
     def _generation(self, target: str) -> str:
         """The live generation of an object; 0 where there is none."""
         answer = self._forwarded(Request("GET", target, {}, b""))
-        return "0" if answer.status == HTTPStatus.NOT_FOUND else _generation_in(answer.body)
+        return "0" if answer.status == HTTPStatus.NOT_FOUND else generation_in(answer.body)
 
     def _forwarded(self, request: Request) -> Answer:
         headers = {name: text for name, text in request.headers.items() if name.lower() not in _HOP_BY_HOP}
@@ -257,7 +264,7 @@ def storage_proxy(directory: Path | None, *, bytes_per_second: float | None = No
         MissingServerError: fake-gcs-server is not on this machine.
     """
     with StorageProxy(bytes_per_second) as proxy, fake_gcs(directory, public_url=proxy.url) as upstream:
-        proxy.upstream = urlsplit(upstream).netloc
+        proxy.upstream, proxy.directory = urlsplit(upstream).netloc, directory
         with in_thread(proxy):
             yield proxy
 
@@ -267,14 +274,6 @@ def cloud_storage(directory: Path | None) -> Iterator[str]:
     """As `storage_proxy`; yields its URL, which clients find by STORAGE_EMULATOR_HOST."""
     with storage_proxy(directory) as proxy:
         yield proxy.url
-
-
-def _generation_in(body: bytes) -> str:
-    """The generation in an object's metadata."""
-    try:
-        return str(json.loads(body).get("generation", "0"))
-    except (ValueError, AttributeError):
-        return "0"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

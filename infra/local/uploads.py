@@ -5,17 +5,20 @@
 """
 
 import base64
+import itertools
 import json
 import re
 import secrets
-import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import google_crc32c
+
+from infra.local.placing import staging_file
 
 _BLOCK = 1 << 20
 CLIENT_CLOSED = 499
@@ -42,9 +45,30 @@ class Upload:
     """A whole object, ready to be stored."""
 
     metadata: dict[str, Any]
-    content: Iterable[bytes]
+    file: IO[bytes]
+    """Its content, from the beginning."""
     size: int
     """Bytes."""
+    crc: bytes
+    """CRC-32C of the content, big-endian."""
+
+    def as_multipart(self) -> tuple[dict[str, str], Iterator[bytes]]:
+        """Headers and body of an upload in one request."""
+        boundary = secrets.token_hex(16)
+        kind = self.metadata["contentType"]
+        head = f"--{boundary}\r\nContent-Type: application/json\r\n\r\n{json.dumps(self.metadata)}\r\n"
+        head += f"--{boundary}\r\nContent-Type: {kind}\r\n\r\n"
+        tail = f"\r\n--{boundary}--"
+        headers = {
+            "Content-Type": f"multipart/related; boundary={boundary}",
+            "Content-Length": str(len(head.encode()) + self.size + len(tail)),
+        }
+        return headers, itertools.chain([head.encode()], self._blocks(), [tail.encode()])
+
+    def _blocks(self) -> Iterator[bytes]:
+        self.file.seek(0)
+        while block := self.file.read(_BLOCK):
+            yield block
 
 
 class Session:
@@ -53,13 +77,16 @@ class Session:
     Args:
         metadata: The object's, with its name.
         publish: Stores the whole object, if its preconditions hold.
+        directory: Where objects lie, if that is a directory.
     """
 
-    def __init__(self, metadata: dict[str, Any], publish: Callable[[Upload], Answer]) -> None:
+    def __init__(
+        self, metadata: dict[str, Any], publish: Callable[[Upload], Answer], directory: Path | None = None
+    ) -> None:
         self.id = secrets.token_hex(16)
         self._metadata = metadata
         self._publish = publish
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the session
+        self._file = staging_file(directory)  # lives as long as the session
         self._crc = google_crc32c.Checksum()
         self._received = 0
         self._end: Answer | None = None
@@ -85,6 +112,10 @@ class Session:
             self._finish_with(Answer(CLIENT_CLOSED))
             return Answer(CLIENT_CLOSED)
 
+    def close(self) -> None:
+        """Drop what it received; nobody will ask any more."""
+        self._file.close()
+
     def _append(self, data: bytes) -> None:
         self._file.write(data)
         self._crc.update(data)
@@ -100,16 +131,11 @@ class Session:
         if said and said[1] != found:
             self._finish_with(_damaged(said[1], found))
         else:
-            self._finish_with(self._publish(Upload(self._metadata, self._blocks(), self._received)))
+            self._finish_with(self._publish(Upload(self._metadata, self._file, self._received, self._crc.digest())))
 
     def _finish_with(self, end: Answer) -> None:
         self._end = end
         self._file.close()
-
-    def _blocks(self) -> Iterator[bytes]:
-        self._file.seek(0)
-        while block := self._file.read(_BLOCK):
-            yield block
 
 
 def multipart_fault(content_type: str, body: bytes) -> Answer | None:
@@ -122,6 +148,14 @@ def multipart_fault(content_type: str, body: bytes) -> Answer | None:
     said = json.loads(metadata).get("crc32c")
     found = base64.b64encode(google_crc32c.Checksum(content).digest()).decode()
     return _damaged(said, found) if said and said != found else None
+
+
+def generation_in(body: bytes) -> str:
+    """The generation in an object's metadata."""
+    try:
+        return str(json.loads(body).get("generation", "0"))
+    except (ValueError, AttributeError):
+        return "0"
 
 
 def _damaged(said: str, found: str) -> Answer:

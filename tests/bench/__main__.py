@@ -12,13 +12,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import gguf
+from tests.bench import gguf, killed, streamed, tasks
 from tests.bench.commands import MIB, Bench, Results, mib, peak, seconds
 from tests.bench.inputs import SIZES, prepare, prepare_tiny
 from tests.bench.measure import Measurement
 
 COPY, OURS, PEFT = "cp -r", "gemma-export", "PEFT merge + save"
-FORMATS = ("merged", "gguf")
+FORMATS = ("merged", "gguf", "streamed", "killed", "tasks")
+"""What is measured: the first three at all sizes, the others on bases of their own"""
+KILLS = 25
 SAMPLE = 25
 """Of how many tensors one is compared with PEFT's, after the first run."""
 
@@ -29,7 +31,8 @@ def main() -> int:
     parser.add_argument("--formats", default=",".join(FORMATS), help=f"comma-separated, of {', '.join(FORMATS)}")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--skip-peft", action="store_true", help="measure nothing but this engine, and cp")
-    parser.add_argument("--root", type=Path, default=Path(".bench"), help="inputs stay here (about 10 GB)")
+    parser.add_argument("--kills", type=int, default=KILLS, help="how often exports are killed")
+    parser.add_argument("--root", type=Path, default=Path(".bench"), help="inputs stay here (about 12 GB)")
     options = parser.parse_args()
     names, formats = options.sizes.split(","), options.formats.split(",")
     if unknown := [name for name in names if name not in SIZES]:
@@ -41,7 +44,7 @@ def main() -> int:
     root = options.root.absolute()
     bench = Bench(root)
     inputs = {}
-    for name in names:
+    for name in names if {"merged", "gguf", "streamed"} & {*formats} else ():
         with console.status(f"writing the {name} base"):
             inputs[name] = prepare(SIZES[name], root)
     if "merged" in formats:
@@ -52,6 +55,13 @@ def main() -> int:
     if "gguf" in formats:
         gguf.show(console, gguf.measure(bench, inputs, options.runs, options.skip_peft, console))
     bench.clear()
+    if "streamed" in formats:
+        transfers = streamed.measure(bench.out, inputs, options.runs, options.skip_peft, console)
+        streamed.show(console, transfers, inputs)
+    if "killed" in formats:
+        killed.show(console, killed.measure(bench.out, root, options.kills, console))
+    if "tasks" in formats:
+        tasks.show(console, tasks.measure(bench.out, root, options.runs, console))
     return 0
 
 

@@ -12,7 +12,6 @@ import torch
 
 from tests.gemmas import make_adapter, save_base, save_tokenizer
 
-RANK = 16
 MARKER = "written.json"
 Shapes = dict[str, tuple[int, ...]]
 
@@ -30,6 +29,8 @@ class Size:
     vocabulary: int
     shard_bytes: int
     head_dim: int = 256
+    rank: int = 16
+    """Of the adapter"""
 
     def linears(self) -> Shapes:
         """[out, in] of every linear that `all-linear` targets, by module name."""
@@ -60,8 +61,8 @@ class Size:
     def factors(self) -> Shapes:
         """The shape of every tensor of the adapter."""
         prefix = "base_model.model."
-        a: Shapes = {f"{prefix}{name}.lora_A.weight": (RANK, shape[1]) for name, shape in self.linears().items()}
-        b: Shapes = {f"{prefix}{name}.lora_B.weight": (shape[0], RANK) for name, shape in self.linears().items()}
+        a: Shapes = {f"{prefix}{name}.lora_A.weight": (self.rank, shape[1]) for name, shape in self.linears().items()}
+        b: Shapes = {f"{prefix}{name}.lora_B.weight": (shape[0], self.rank) for name, shape in self.linears().items()}
         return a | b
 
     @property
@@ -122,7 +123,7 @@ def prepare_tiny(root: Path) -> tuple[Path, Path]:
 
 
 def _write_base(size: Size, directory: Path) -> None:
-    shards = list(_shards(size))
+    shards = list(shards_of(size))
     weight_map: dict[str, str] = {}
     for number, shapes in enumerate(shards, start=1):
         several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -136,7 +137,8 @@ def _write_base(size: Size, directory: Path) -> None:
     save_tokenizer(directory)
 
 
-def _shards(size: Size) -> Iterator[Shapes]:
+def shards_of(size: Size) -> Iterator[Shapes]:
+    """The shape of every tensor of each file of the checkpoint, as many as fit into `shard_bytes`."""
     shard: Shapes = {}
     room = size.shard_bytes
     for name, shape in size.tensors().items():
@@ -155,8 +157,8 @@ def _write_adapter(size: Size, directory: Path) -> None:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": "random",
-        "r": RANK,
-        "lora_alpha": 2 * RANK,
+        "r": size.rank,
+        "lora_alpha": 2 * size.rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,

@@ -8,8 +8,10 @@ import time
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+from google.api_core.exceptions import PreconditionFailed
 
 from infra.local.storage import Request, StorageProxy
 from infra.local.storage import storage_proxy as open_proxy
@@ -87,3 +89,46 @@ def test_it_runs_as_a_process_of_its_own(
             server.send_signal(signal.SIGTERM)
             assert server.wait(60) == 0
             server.stdout.close()
+
+
+LARGE = bytes(range(256)) * (9 << 12)
+"""More than the client sends in one request"""
+
+
+@pytest.mark.parametrize("name", ["folder/large-1.bin", "a name that is escaped: 100 %"])
+def test_a_finished_session_is_an_object_as_any_other(storage_proxy: StorageProxy, bucket: str, name: str) -> None:
+    """Whether its file became the object or was sent; it is there once, replaced when that is asked for."""
+    blob = bucket_named(bucket).blob(name, chunk_size=4 << 20)
+    blob.upload_from_string(LARGE, content_type="text/plain", if_generation_match=0)
+    found = bucket_named(bucket).get_blob(name)
+    assert (found.size, found.crc32c, found.content_type) == (len(LARGE), blob.crc32c, "text/plain")
+    assert found.generation == blob.generation
+    assert found.download_as_bytes() == LARGE
+    assert [other.name for other in bucket_named(bucket).list_blobs()] == sorted(["a", "b", name])
+    for condition in (0, found.generation + 1):
+        with pytest.raises(PreconditionFailed):
+            bucket_named(bucket).blob(name, chunk_size=4 << 20).upload_from_string(
+                LARGE[::-1], if_generation_match=condition
+            )
+    assert found.download_as_bytes() == LARGE
+    replacing = bucket_named(bucket).blob(name, chunk_size=4 << 20)
+    replacing.upload_from_string(LARGE[::-1], if_generation_match=found.generation)
+    assert replacing.generation != found.generation
+    assert replacing.download_as_bytes() == LARGE[::-1]
+    replacing.delete()
+    assert bucket_named(bucket).get_blob(name) is None
+
+
+def test_of_two_sessions_that_end_together_one_is_the_object(storage_proxy: StorageProxy, bucket: str) -> None:
+    """Both found the name free when they began."""
+    starts = [f"/upload/storage/v1/b/{bucket}/o?uploadType=resumable&name=c&ifGenerationMatch=0"] * 2
+    begun = [storage_proxy.answer(Request("POST", target, {}, b"{}")).headers["Location"] for target in starts]
+    ends = [
+        storage_proxy.answer(
+            Request(
+                "PUT", urlsplit(url)._replace(scheme="", netloc="").geturl(), {"Content-Range": "bytes 0-0/1"}, b"x"
+            )
+        ).status
+        for url in begun
+    ]
+    assert ends == [HTTPStatus.OK, HTTPStatus.PRECONDITION_FAILED]
