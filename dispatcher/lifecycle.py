@@ -195,6 +195,18 @@ def joined(record: ExportRecord, *, execution: str, expires_at: datetime, now: d
     return _changed(record, now, lease=lease.model_copy(update={"expires_at": max(lease.expires_at, expires_at)}))
 
 
+def asked_anew(record: ExportRecord, *, handed: str) -> bool:
+    """Whether an export waits for an execution of its own, having been asked for again since a trigger handed a lease.
+
+    That launch and the claims after it are counted in the record until somebody asks anew. One that was only taken
+    back, because its execution is late or its tasks came to a stop, is not: whoever comes first may go on with it.
+    """
+    if record.state not in (Q, S) or (record.lease is not None and record.lease.lease_id == handed):
+        return False
+    earlier_launches = record.launches - (record.state is S)
+    return record.attempt == 0 and earlier_launches == 0
+
+
 def completed(
     record: ExportRecord, *, holding: str, artifacts: tuple[Artifact, ...], now: datetime, **changes: Any
 ) -> ExportRecord:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from dispatcher.contract import ExportRecord, Lease, State
 from dispatcher.errors import ExportError, IllegalTransition, LeaseLost, Unavailable
-from dispatcher.lifecycle import Actor, holds_live_lease, joined, renewed, transition
+from dispatcher.lifecycle import Actor, asked_anew, holds_live_lease, joined, renewed, transition
 from dispatcher.records import RecordStore, update
 
 log = logging.getLogger(__name__)
@@ -65,8 +65,8 @@ def claim(
 
     Raises:
         LeaseHeld: Someone else is at work on it.
-        IllegalTransition: Its state does not allow a claim; or a caller or the sweep queued it again, so that the tasks
-            which were at work on it may have ended, and its own message starts another execution.
+        IllegalTransition: Its state does not allow a claim; or it was asked for again since several tasks were launched,
+            of which those at work on it have ended: its own message starts another execution.
     """
     lease_id = secrets.token_hex(16)
 
@@ -75,8 +75,8 @@ def claim(
         lease = Lease(lease_id=lease_id, owner=execution, expires_at=now + timedelta(seconds=seconds))
         if tasks > 1 and record.state is State.RUNNING and record.lease and record.lease.owner == execution:
             return joined(record, execution=execution, expires_at=lease.expires_at, now=now)
-        if tasks > 1 and record.state is State.QUEUED and handed:
-            raise IllegalTransition(f"export {export_id} was queued again: its message starts another execution")
+        if tasks > 1 and handed and asked_anew(record, handed=handed):
+            raise IllegalTransition(f"export {export_id} was asked for again: its message starts another execution")
         return transition(
             record,
             State.RUNNING,

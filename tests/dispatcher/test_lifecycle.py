@@ -11,6 +11,7 @@ from dispatcher.errors import IllegalTransition, LeaseHeld, LeaseLost
 from dispatcher.lifecycle import (
     MOVES,
     Actor,
+    asked_anew,
     completed,
     delivered,
     failed,
@@ -140,6 +141,25 @@ def test_what_is_not_running_is_not_joined(found: ExportRecord) -> None:
     owner = found.lease.owner if found.lease else "me"
     with pytest.raises(LeaseLost):
         joined(found, execution=owner, expires_at=LATER, now=START)
+
+
+def test_only_who_asks_anew_forgets_the_launches_before() -> None:
+    """The sweep, which takes an execution for lost, does not; nor is a launch asked anew under its own lease."""
+    dead = lease("handed", "trigger", seconds=-1)
+    launched = transition(record(State.QUEUED), State.STARTING, by=Actor.TRIGGER, now=START, lease=dead)
+    swept = transition(launched, State.QUEUED, by=Actor.SWEEP, now=START)
+    again = transition(swept, State.STARTING, by=Actor.TRIGGER, now=START, lease=lease("other", "trigger"))
+    stopped = transition(record(State.RUNNING, attempt=1, lease=dead), State.QUEUED, by=Actor.SWEEP, now=START)
+    assert not any(asked_anew(found, handed="handed") for found in (launched, swept, again, stopped))
+    for ended in (again, record(State.RUNNING, attempt=1), record(State.FAILED, attempt=2)):
+        given_up = (
+            ended if ended.state is State.FAILED else transition(ended, State.CANCELLED, by=Actor.CALLER, now=START)
+        )
+        queued = transition(given_up, State.QUEUED, by=Actor.CALLER, now=START)
+        other = transition(queued, State.STARTING, by=Actor.TRIGGER, now=START, lease=lease("other", "trigger"))
+        assert asked_anew(queued, handed="handed")
+        assert asked_anew(other, handed="handed")
+        assert not asked_anew(other, handed="other")
 
 
 @pytest.mark.parametrize("retryable", [True, False])

@@ -217,27 +217,70 @@ def test_a_fault_for_good_fails_the_export_under_the_others(place: Place, recipe
     assert run(place, 2) is ExitCode.FAILED
 
 
-@pytest.mark.parametrize("change", ["cancelled", "queued again", "taken over", "completed"])
+@pytest.mark.parametrize("change", ["cancelled", "asked again", "launched again", "taken over", "completed"])
 def test_a_task_that_comes_too_late_steps_back(place: Place, recipe: Parts, change: str) -> None:
     """Its siblings may be gone: what was asked for anew has an execution of its own."""
     place.queue()
     launched = {"export_id": EXPORT, "lease_id": "handed"}
     run(place, 0, **{**launched, "lease_id": None})
-    if change == "cancelled":
+    if change in ("cancelled", "asked again", "launched again"):
         place.record_change(State.CANCELLED, Actor.CALLER)
+        if change != "cancelled":
+            place.record_change(State.QUEUED, Actor.CALLER)
+        if change == "launched again":
+            place.launched("theirs", -1)
     elif change == "completed":
         for index in range(1, 4):
             run(place, index)
     else:
         update(place.records, EXPORT, expired)
-        if change == "queued again":
-            place.record_change(State.QUEUED, Actor.SWEEP)
-        else:
-            place.leased("other", 60)
+        place.leased("other", 60)
     before, made = place.record(), dict(recipe.made)
     assert run(place, 1, **launched) is ExitCode.DONE
     assert place.record() == before
     assert recipe.made == made
+
+
+@pytest.mark.parametrize("meanwhile", ["queued again", "launched again"])
+def test_an_execution_that_is_late_does_its_work(place: Place, recipe: Parts, meanwhile: str) -> None:
+    """The sweep had taken it for lost; where the next is late too, nobody else would ever begin."""
+    place.queue()
+    place.launched("handed", -1)
+    place.record_change(State.QUEUED, Actor.SWEEP)
+    if meanwhile == "launched again":
+        place.launched("theirs", -1)
+    for index in range(4):
+        assert run(place, index, export_id=EXPORT, lease_id="handed") is ExitCode.DONE
+    assert (place.record().state, place.record().execution) == (State.COMPLETED, "e")
+
+
+def test_of_two_executions_of_one_export_the_later_steps_back(place: Place, recipe: Parts) -> None:
+    """Whichever was launched first: one holds it, and the other's tasks find it held."""
+    place.queue()
+    place.launched("first", -1)
+    place.record_change(State.QUEUED, Actor.SWEEP)
+    place.launched("second", -1)
+
+    def task(number: int) -> ExitCode:
+        execution, index = divmod(number, 4)
+        lease_id = ("first", "second")[execution]
+        return run(place, index, execution=f"e-{execution}", export_id=EXPORT, lease_id=lease_id)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(task, range(8))) == [ExitCode.DONE] * 8
+    assert (place.record().state, place.record().attempt) == (State.COMPLETED, 1)
+    assert sorted(name for names in recipe.made.values() for name in names) == PARTS
+
+
+def test_a_task_goes_on_where_its_execution_came_to_a_stop(place: Place, recipe: Parts) -> None:
+    """A quota held it back for longer than a lease: what the others made is there, and it makes the rest."""
+    place.queue()
+    for index in range(3):
+        run(place, index)
+    update(place.records, EXPORT, expired)
+    place.record_change(State.QUEUED, Actor.SWEEP)
+    assert run(place, 3, export_id=EXPORT, lease_id="handed") is ExitCode.DONE
+    assert (place.record().state, place.record().attempt) == (State.COMPLETED, 2)
 
 
 def test_tasks_of_the_trigger_do_its_export_alone(place: Place, recipe: Parts) -> None:
