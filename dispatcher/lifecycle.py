@@ -22,6 +22,8 @@ from dispatcher.errors import IllegalTransition, LeaseHeld, LeaseLost
 
 Q, S, R = State.QUEUED, State.STARTING, State.RUNNING
 DONE, FAILED, CANCELLED = State.COMPLETED, State.FAILED, State.CANCELLED
+LAUNCH_GRACE_SECONDS = 900
+"""How long a task on Cloud Run may wait for a GPU, or for a place under a quota, before it counts as lost."""
 
 
 class Actor(StrEnum):
@@ -174,9 +176,7 @@ def renewed(
     Raises:
         LeaseLost: The export was cancelled, or its lease taken over.
     """
-    if record.state is not R or record.lease is None or record.lease.lease_id != holding:
-        raise LeaseLost(f"export {record.export_id} is {record.state} and no longer ours: stop before the next write")
-    lease = record.lease.model_copy(update={"expires_at": expires_at})
+    lease = _held(record, holding).model_copy(update={"expires_at": expires_at})
     return _changed(record, now, lease=lease, stage=stage, progress=min(max(progress, record.progress), 1.0))
 
 
@@ -193,6 +193,20 @@ def joined(record: ExportRecord, *, execution: str, expires_at: datetime, now: d
     if record.state is not R or lease is None or lease.owner != execution:
         raise LeaseLost(f"export {record.export_id} is {record.state} and not held by execution {execution}")
     return _changed(record, now, lease=lease.model_copy(update={"expires_at": max(lease.expires_at, expires_at)}))
+
+
+def left_to_others(record: ExportRecord, *, holding: str, expires_at: datetime, now: datetime) -> ExportRecord | None:
+    """The end of a task while it, or others of its execution, are still to be started: the lease lasts until then.
+
+    None where it lasts as long already. The heartbeat of a task that is at work says anew how long, and may say less.
+
+    Raises:
+        LeaseLost: The export has ended, or its lease was taken over.
+    """
+    lease = _held(record, holding)
+    if lease.expires_at >= expires_at:
+        return None
+    return _changed(record, now, lease=lease.model_copy(update={"expires_at": expires_at}))
 
 
 def asked_anew(record: ExportRecord, *, handed: str) -> bool:
@@ -255,6 +269,12 @@ def noted(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:
     if unknown:
         raise IllegalTransition(f"{sorted(unknown)} are not facts to note; use a transition")
     return _changed(record, now, **changes)
+
+
+def _held(record: ExportRecord, holding: str) -> Lease:
+    if record.state is not R or record.lease is None or record.lease.lease_id != holding:
+        raise LeaseLost(f"export {record.export_id} is {record.state} and no longer ours: stop before the next write")
+    return record.lease
 
 
 def _changed(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:

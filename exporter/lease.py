@@ -14,7 +14,16 @@ from typing import Protocol
 
 from dispatcher.contract import ExportRecord, Lease, State
 from dispatcher.errors import ExportError, IllegalTransition, LeaseLost, Unavailable
-from dispatcher.lifecycle import Actor, asked_anew, holds_live_lease, joined, renewed, transition
+from dispatcher.lifecycle import (
+    LAUNCH_GRACE_SECONDS,
+    Actor,
+    asked_anew,
+    holds_live_lease,
+    joined,
+    left_to_others,
+    renewed,
+    transition,
+)
 from dispatcher.records import RecordStore, update
 
 log = logging.getLogger(__name__)
@@ -65,8 +74,8 @@ def claim(
 
     Raises:
         LeaseHeld: Someone else is at work on it.
-        IllegalTransition: Its state does not allow a claim; or it was asked for again since several tasks were launched,
-            of which those at work on it have ended: its own message starts another execution.
+        IllegalTransition: Its state does not allow a claim; or it was asked for again since its tasks were launched:
+            its own message starts another execution.
     """
     lease_id = secrets.token_hex(16)
 
@@ -91,6 +100,23 @@ def claim(
 
     record = update(records, export_id, change)
     return Claim(record, record.lease.lease_id if record.lease else lease_id, tasks)
+
+
+def leave(records: RecordStore, claimed: Claim) -> None:
+    """Leave an export to tasks that are still to be started: they may wait for a machine longer than a lease lasts."""
+
+    def change(record: ExportRecord) -> ExportRecord | None:
+        now = utc_now()
+        until = now + timedelta(seconds=LAUNCH_GRACE_SECONDS)
+        return left_to_others(record, holding=claimed.lease_id, expires_at=until, now=now)
+
+    try:
+        update(records, claimed.record.export_id, change)
+    except LeaseLost as error:
+        log.info("it has ended meanwhile: %s", error.message)
+    except ExportError as error:
+        # At worst the sweep starts another execution, which goes on from what is finished.
+        log.warning("the lease stays as it is: %s", error.message)
 
 
 class Heartbeat:

@@ -16,6 +16,7 @@ from dispatcher.lifecycle import (
     delivered,
     failed,
     joined,
+    left_to_others,
     noted,
     reclaimed,
     renewed,
@@ -131,6 +132,20 @@ def test_a_further_task_changes_nothing_but_the_lease(found: ExportRecord, left:
     assert after == running.model_copy(update=change)
     with pytest.raises(LeaseLost):
         joined(running, execution="other", expires_at=until, now=START)
+
+
+@given(records(), st.integers(-200, 200), st.integers(-200, 200))
+def test_a_lease_that_is_left_is_longer_or_as_it_was(found: ExportRecord, left: int, wanted: int) -> None:
+    """It is the same lease; and whoever has lost it has none to leave."""
+    running = found.model_copy(update={"state": State.RUNNING, "lease": lease(seconds=left)})
+    until = START + timedelta(seconds=wanted)
+    after = left_to_others(running, holding="mine", expires_at=until, now=START)
+    change = {"lease": lease(seconds=wanted), "revision": found.revision + 1, "updated_at": START}
+    assert after == (running.model_copy(update=change) if wanted > left else None)
+    with pytest.raises(LeaseLost):
+        left_to_others(running, holding="theirs", expires_at=until, now=START)
+    with pytest.raises(LeaseLost):
+        left_to_others(record(State.COMPLETED), holding="mine", expires_at=until, now=START)
 
 
 @given(records())

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -12,12 +13,12 @@ from hypothesis import strategies as st
 from dispatcher.artifacts import ArtifactStore, publish
 from dispatcher.contract import Artifact, ExportRecord, State, TrainingJob
 from dispatcher.errors import SourceError, Unavailable
-from dispatcher.lifecycle import Actor
+from dispatcher.lifecycle import Actor, reclaimed
 from dispatcher.records import update
 from exporter import job
 from exporter.artifact import Result
 from exporter.job import ExitCode
-from exporter.lease import Hold
+from exporter.lease import Hold, utc_now
 from exporter.tasks import Tasks
 from tests.exporter.exporting import gguf_record
 from tests.exporter.place import EXPORT, Place, expired
@@ -99,13 +100,14 @@ def test_the_largest_are_dealt_first() -> None:
 
 
 def test_tasks_one_after_another_make_their_parts_and_the_last_publishes(place: Place, recipe: Parts) -> None:
-    """A quota may run them so: the others leave record and lease as they are, and end well."""
+    """A quota may run them so: each leaves a lease that lasts until the next has a machine, and no longer."""
     place.queue()
     for index in range(3):
         assert run(place, index) is ExitCode.DONE
         record = place.record()
         assert (record.state, record.attempt) == (State.RUNNING, 1)
-        assert record.lease is not None
+        assert reclaimed(record, now=utc_now() + timedelta(minutes=14), max_attempts=3) is None
+        assert reclaimed(record, now=utc_now() + timedelta(minutes=15), max_attempts=3) is not None
     update(place.records, EXPORT, expired)
     assert run(place, 3) is ExitCode.DONE
     assert (place.record().state, place.record().attempt) == (State.COMPLETED, 1)
@@ -159,8 +161,11 @@ def test_a_passing_fault_of_one_task_is_its_own(place: Place, recipe: Parts, fau
 
     recipe.interfere = fail
     attempt = place.stores.max_attempts - 1 if fault == "shutdown" else 0
+    update(place.records, EXPORT, expired)
     assert run(place, 1, task_attempt=attempt) is ExitCode.TRY_AGAIN
-    assert place.record().lease is not None
+    is_last = attempt == place.stores.max_attempts - 1
+    later = utc_now() + timedelta(minutes=14)
+    assert (reclaimed(place.record(), now=later, max_attempts=3) is None) is not is_last
     assert place.record().model_copy(update={"lease": None, "revision": 0, "updated_at": before.updated_at}) == (
         before.model_copy(update={"lease": None, "revision": 0})
     )
