@@ -18,7 +18,7 @@ from dispatcher.contract import (
     Lease,
     State,
 )
-from dispatcher.errors import IllegalTransition, LeaseHeld, LeaseLost
+from dispatcher.errors import IllegalTransition, LeaseHeld, LeaseLost, Unavailable
 
 Q, S, R = State.QUEUED, State.STARTING, State.RUNNING
 DONE, FAILED, CANCELLED = State.COMPLETED, State.FAILED, State.CANCELLED
@@ -117,7 +117,7 @@ def transition(
 def _effects(record: ExportRecord, to: State, by: Actor) -> dict[str, Any]:
     """What a move does to the fields besides the lease."""
     if to is Q:
-        anew: dict[str, Any] = {"stage": None, "progress": 0.0, "execution": None, "log_uri": None}
+        anew: dict[str, Any] = {"stage": None, "progress": 0.0, "execution": None, "log_uri": None, "version": None}
         if by is not Actor.TRIGGER:  # whose message is not acknowledged, and so comes again
             anew["published_at"] = None
         if record.state not in (S, R):
@@ -127,7 +127,7 @@ def _effects(record: ExportRecord, to: State, by: Actor) -> dict[str, Any]:
         return anew
     if to is R:
         claimed = {"attempt": record.attempt + 1, "launches": 0}
-        return claimed | {"stage": "claimed", "progress": 0.0, "error": None}
+        return claimed | {"stage": "claimed", "progress": 0.0, "error": None, "version": None}
     if to is S:
         return {"execution": None, "log_uri": None, "launches": record.launches + 1}
     if to is DONE:
@@ -193,6 +193,34 @@ def joined(record: ExportRecord, *, execution: str, expires_at: datetime, now: d
     if record.state is not R or lease is None or lease.owner != execution:
         raise LeaseLost(f"export {record.export_id} is {record.state} and not held by execution {execution}")
     return _changed(record, now, lease=lease.model_copy(update={"expires_at": max(lease.expires_at, expires_at)}))
+
+
+def agreed(
+    record: ExportRecord, *, holding: str, version: str, instead_of: str | None, now: datetime
+) -> ExportRecord | None:
+    """The version that all tasks under one lease make, which the first of them says; None where it is said already.
+
+    Args:
+        record: The record as read from the store.
+        holding: The lease of the task that asks.
+        version: What it is about to make.
+        instead_of: The version that this one is made in place of, because that one is spoilt.
+        now: The task's clock (UTC).
+
+    Raises:
+        LeaseLost: The export has ended, or its lease was taken over.
+        Unavailable: Another task is making another one: base or adapter changed (`source_changed`).
+    """
+    _held(record, holding)
+    if record.version == version:
+        return None
+    if record.version not in (None, instead_of):
+        raise Unavailable(
+            f"this task of export {record.export_id} would make version {version}, and another made a part of "
+            f"{record.version}: the base model or the adapter changed between them. Nothing was published; ask again.",
+            code="source_changed",
+        )
+    return _changed(record, now, version=version)
 
 
 def left_to_others(record: ExportRecord, *, holding: str, expires_at: datetime, now: datetime) -> ExportRecord | None:

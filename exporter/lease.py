@@ -17,6 +17,7 @@ from dispatcher.errors import ExportError, IllegalTransition, LeaseLost, Unavail
 from dispatcher.lifecycle import (
     LAUNCH_GRACE_SECONDS,
     Actor,
+    agreed,
     asked_anew,
     holds_live_lease,
     joined,
@@ -173,6 +174,26 @@ class Heartbeat:
                 code="heartbeat_failed",
             )
 
+    def agree(self, version: str, *, instead_of: str | None = None) -> None:
+        """Settle which version is made, among the tasks that hold the export together; one alone has nobody to ask.
+
+        Args:
+            version: What this task is about to make.
+            instead_of: The version that this one is made in place of, if that one is spoilt.
+
+        Raises:
+            LeaseLost: The export was cancelled or taken over.
+            Unavailable: Another task is making another version: base or adapter changed (`source_changed`).
+        """
+        if self._claim.tasks == 1:
+            return
+
+        def change(record: ExportRecord) -> ExportRecord | None:
+            holding = self._claim.lease_id
+            return agreed(record, holding=holding, version=version, instead_of=instead_of, now=utc_now())
+
+        update(self._records, self._claim.record.export_id, change)
+
     def is_ours(self) -> bool:
         """Whether nobody else can be at work on it: the lease is ours and live, or it was cancelled under us.
 
@@ -239,5 +260,7 @@ class Hold(Protocol):
     """What a recipe needs of the claim it works under; a `Heartbeat`."""
 
     def report(self, stage: str, progress: float) -> None: ...
+
+    def agree(self, version: str, *, instead_of: str | None = None) -> None: ...
 
     def is_ours(self) -> bool: ...

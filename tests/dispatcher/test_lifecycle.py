@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dispatcher.contract import UNFINISHED, Artifact, ExportRecord, ExportType, Failure, Lease, State
-from dispatcher.errors import IllegalTransition, LeaseHeld, LeaseLost
+from dispatcher.errors import IllegalTransition, LeaseHeld, LeaseLost, Unavailable
 from dispatcher.lifecycle import (
     MOVES,
     Actor,
+    agreed,
     asked_anew,
     completed,
     delivered,
@@ -146,6 +147,29 @@ def test_a_lease_that_is_left_is_longer_or_as_it_was(found: ExportRecord, left: 
         left_to_others(running, holding="theirs", expires_at=until, now=START)
     with pytest.raises(LeaseLost):
         left_to_others(record(State.COMPLETED), holding="mine", expires_at=until, now=START)
+
+
+def test_the_first_task_says_which_version_is_made() -> None:
+    """The others make the same, or what takes its place where it is spoilt; a new claim begins anew."""
+
+    def said(found: ExportRecord, version: str, instead_of: str | None = None) -> ExportRecord | None:
+        return agreed(found, holding="mine", version=version, instead_of=instead_of, now=START)
+
+    first = said(record(State.RUNNING), "v1", "nonce")
+    assert first is not None
+    assert said(first, "v1") is None
+    assert joined(first, execution="me", expires_at=LATER, now=START).version == "v1"
+    with pytest.raises(Unavailable) as refusal:
+        said(first, "v2", "v0")
+    assert (refusal.value.error_code, refusal.value.retryable) == ("source_changed", True)
+    second = said(first, "v2", "v1")
+    assert second is not None
+    assert second.version == "v2"
+    with pytest.raises(LeaseLost):
+        agreed(first, holding="theirs", version="v1", instead_of=None, now=START)
+    swept = transition(first, State.QUEUED, by=Actor.SWEEP, now=LATER)
+    taken = transition(first, State.RUNNING, by=Actor.EXPORTER, now=LATER, lease=lease("new", "other"))
+    assert (swept.version, taken.version) == (None, None)
 
 
 @given(records())

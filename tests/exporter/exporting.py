@@ -30,6 +30,9 @@ class Undisturbed:
     def report(self, stage: str, progress: float) -> None:
         pass
 
+    def agree(self, version: str, *, instead_of: str | None = None) -> None:
+        pass
+
     def is_ours(self) -> bool:
         return True
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dispatcher.contract import ExportRecord, State
+from dispatcher.errors import LeaseLost, Unavailable
 from dispatcher.lifecycle import Actor, holds_live_lease, transition
 from dispatcher.logs import bound, configure
 from dispatcher.records import update
@@ -121,6 +122,27 @@ def test_several_tasks_get_one_lease_and_one_task_takes_its_predecessors(records
     alone = taken(1)
     assert alone.lease_id != first.lease_id
     assert stored(records).attempt == 2
+
+
+def test_tasks_settle_on_one_version_and_one_task_has_nobody_to_ask(records: SqliteRecords) -> None:
+    """What it finds changed it makes anew, whole."""
+
+    def beat(tasks: int) -> Heartbeat:
+        ours = claim(records, "job.merged", execution="e", handed=None, seconds=120, tasks=tasks)
+        return Heartbeat(records, ours, seconds=120, stop=threading.Event())
+
+    first, second = beat(2), beat(2)
+    first.agree("v1")
+    second.agree("v1")
+    with pytest.raises(Unavailable):
+        second.agree("v2")
+    assert stored(records).version == "v1"
+    alone = beat(1)
+    alone.agree("v1")
+    alone.agree("v2")
+    assert stored(records).version is None
+    with pytest.raises(LeaseLost):
+        first.agree("v1")
 
 
 def test_progress_is_that_of_the_furthest_task(records: SqliteRecords, monkeypatch: pytest.MonkeyPatch) -> None:

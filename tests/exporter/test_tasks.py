@@ -1,9 +1,11 @@
 """Several tasks of one execution: what each is dealt, how they hold an export together, and who ends it."""
 
+import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from exporter.lease import Hold, utc_now
 from exporter.tasks import Tasks
 from tests.exporter.exporting import gguf_record
 from tests.exporter.place import EXPORT, Place, expired
+from tests.gemmas import make_adapter, save_base
 from tests.waiting import until
 
 PARTS = [f"part-{number}" for number in range(8)]
@@ -145,6 +148,65 @@ def test_a_real_merge_by_four_tasks_at_once_is_one_artifact(place: Place) -> Non
     assert place.record().state is State.COMPLETED
     assert place.record().attempt == 1
     assert len(place.artifacts.list(place.record().artifacts[0].uri)) == place.record().artifacts[0].files + 1
+
+
+@pytest.fixture
+def in_shards(tmp_path: Path) -> Iterator[Place]:
+    """A place whose base has a file for each of four tasks."""
+    model = save_base("gemma3_text", tmp_path / "base", shard_bytes=2000)
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) >= 4
+    make_adapter("gemma3_text", model, tmp_path / "adapter")
+    place = Place(tmp_path, tmp_path)
+    yield place
+    place.records.close()
+
+
+def retrain(place: Place) -> None:
+    """Put another adapter of the same base in the place of the job's."""
+    model = save_base("gemma3_text", place.root / "elsewhere")
+    make_adapter("gemma3_text", model, place.root / "adapter", seed=7)
+
+
+def test_tasks_that_plan_different_things_make_no_two_halves(in_shards: Place) -> None:
+    """One that finds another adapter is tried again; if in vain, the export ends for now, and a new one begins anew."""
+    place = in_shards
+    place.queue()
+    assert run(place, 0) is ExitCode.DONE
+    retrain(place)
+    assert run(place, 1) is ExitCode.TRY_AGAIN
+    assert place.record().state is State.RUNNING
+    assert run(place, 1, task_attempt=place.stores.max_attempts - 1) is ExitCode.FAILED
+    error = place.record().error
+    assert error is not None
+    assert (error.code, error.retryable) == ("source_changed", True)
+    assert not list((place.root / "artifacts").rglob("export.json"))
+    place.requeue()
+    assert [run(place, index, execution="f") for index in range(4)] == [ExitCode.DONE] * 4
+    record = place.record()
+    assert record.state is State.COMPLETED
+    assert record.version == record.artifacts[0].version
+
+
+def test_tasks_agree_on_what_takes_the_place_of_a_spoilt_version(in_shards: Place) -> None:
+    """A part that is wrong spoils it for all: the next execution makes the other, of which some parts are there."""
+    place = in_shards
+    place.queue()
+    assert run(place, 0) is ExitCode.DONE
+    spoilt = place.record().version
+    directory = place.root / "artifacts" / "merged_models" / "job-1" / str(spoilt)
+    index = json.loads((place.root / "base" / "model.safetensors.index.json").read_text())
+    for name in set(index["weight_map"].values()):
+        if not (directory / name).exists():
+            (directory / name).write_bytes(b"left by somebody")
+    assert [run(place, index) for index in range(1, 4)] == [ExitCode.DONE] * 3
+    version = place.record().version
+    assert version not in (None, spoilt)
+    assert place.record().state is State.RUNNING
+    update(place.records, EXPORT, expired)
+    place.record_change(State.QUEUED, Actor.SWEEP)
+    assert [run(place, index, execution="f") for index in range(4)] == [ExitCode.DONE] * 4
+    assert place.record().state is State.COMPLETED
+    assert place.record().artifacts[0].version == version
 
 
 @pytest.mark.parametrize("fault", ["passing", "shutdown"])

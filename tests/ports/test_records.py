@@ -154,6 +154,7 @@ def test_a_record_comes_back_as_it_went_in(records: RecordStore) -> None:
         ),
         summary={"engine": "streaming", "seconds": 1.25, "verified": {"worst_error_ulp": 0.5}, "none": None},
         error=Failure(code="c", message="m\nn", retryable=True),
+        version="0123456789ab",
     )
     records.create_export(full)
     assert records.get_export("job.merged") == full
