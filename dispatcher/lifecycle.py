@@ -18,7 +18,7 @@ from dispatcher.contract import (
     Lease,
     State,
 )
-from dispatcher.errors import IllegalTransition, LeaseHeld, LeaseLost, Unavailable
+from dispatcher.errors import IllegalTransition, LeaseHeld, LeaseLost
 
 Q, S, R = State.QUEUED, State.STARTING, State.RUNNING
 DONE, FAILED, CANCELLED = State.COMPLETED, State.FAILED, State.CANCELLED
@@ -111,7 +111,7 @@ def transition(
     elif by in (Actor.SWEEP, Actor.DEAD_LETTER) and (live or (by is Actor.DEAD_LETTER and record.execution)):
         raise LeaseHeld(f"{name} is {record.state} and being worked on: left alone")
     effects = {**_effects(record, to, by), "lease": lease, **changes}
-    return _changed(record, now, state=to, **effects)
+    return changed(record, now, state=to, **effects)
 
 
 def _effects(record: ExportRecord, to: State, by: Actor) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def delivered(record: ExportRecord, *, adapter: Artifact, adapter_fingerprint: s
         raise IllegalTransition(f"export {record.export_id} is no adapter: only its exporter can complete it")
     done: dict[str, Any] = {"state": DONE, "stage": None, "progress": 1.0, "lease": None, "error": None}
     done |= {"artifacts": (adapter,), "adapter_fingerprint": adapter_fingerprint, "token_ref": None}
-    return _changed(record, now, **done)
+    return changed(record, now, **done)
 
 
 def renewed(
@@ -176,77 +176,8 @@ def renewed(
     Raises:
         LeaseLost: The export was cancelled, or its lease taken over.
     """
-    lease = _held(record, holding).model_copy(update={"expires_at": expires_at})
-    return _changed(record, now, lease=lease, stage=stage, progress=min(max(progress, record.progress), 1.0))
-
-
-def joined(record: ExportRecord, *, execution: str, expires_at: datetime, now: datetime) -> ExportRecord:
-    """A further task of the execution that holds the export: the same lease, no shorter than it was.
-
-    A lease of that execution which has run out is taken up again, since its tasks may run hours apart. It is one
-    attempt, however many tasks join it; stage and progress stay.
-
-    Raises:
-        LeaseLost: The export is not running, or another execution holds it.
-    """
-    lease = record.lease
-    if record.state is not R or lease is None or lease.owner != execution:
-        raise LeaseLost(f"export {record.export_id} is {record.state} and not held by execution {execution}")
-    return _changed(record, now, lease=lease.model_copy(update={"expires_at": max(lease.expires_at, expires_at)}))
-
-
-def agreed(
-    record: ExportRecord, *, holding: str, version: str, instead_of: str | None, now: datetime
-) -> ExportRecord | None:
-    """The version that all tasks under one lease make, which the first of them says; None where it is said already.
-
-    Args:
-        record: The record as read from the store.
-        holding: The lease of the task that asks.
-        version: What it is about to make.
-        instead_of: The version that this one is made in place of, because that one is spoilt.
-        now: The task's clock (UTC).
-
-    Raises:
-        LeaseLost: The export has ended, or its lease was taken over.
-        Unavailable: Another task is making another one: base or adapter changed (`source_changed`).
-    """
-    _held(record, holding)
-    if record.version == version:
-        return None
-    if record.version not in (None, instead_of):
-        raise Unavailable(
-            f"this task of export {record.export_id} would make version {version}, and another made a part of "
-            f"{record.version}: the base model or the adapter changed between them. Nothing was published; ask again.",
-            code="source_changed",
-        )
-    return _changed(record, now, version=version)
-
-
-def left_to_others(record: ExportRecord, *, holding: str, expires_at: datetime, now: datetime) -> ExportRecord | None:
-    """The end of a task while it, or others of its execution, are still to be started: the lease lasts until then.
-
-    None where it lasts as long already. The heartbeat of a task that is at work says anew how long, and may say less.
-
-    Raises:
-        LeaseLost: The export has ended, or its lease was taken over.
-    """
-    lease = _held(record, holding)
-    if lease.expires_at >= expires_at:
-        return None
-    return _changed(record, now, lease=lease.model_copy(update={"expires_at": expires_at}))
-
-
-def asked_anew(record: ExportRecord, *, handed: str) -> bool:
-    """Whether an export waits for an execution of its own, having been asked for again since a trigger handed a lease.
-
-    That launch and the claims after it are counted in the record until somebody asks anew. One that was only taken
-    back, because its execution is late or its tasks came to a stop, is not: whoever comes first may go on with it.
-    """
-    if record.state not in (Q, S) or (record.lease is not None and record.lease.lease_id == handed):
-        return False
-    earlier_launches = record.launches - (record.state is S)
-    return record.attempt == 0 and earlier_launches == 0
+    lease = held(record, holding).model_copy(update={"expires_at": expires_at})
+    return changed(record, now, lease=lease, stage=stage, progress=min(max(progress, record.progress), 1.0))
 
 
 def completed(
@@ -296,15 +227,21 @@ def noted(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:
     unknown = changes.keys() - {"published_at", "execution", "log_uri", "token_ref", "force_nonce"}
     if unknown:
         raise IllegalTransition(f"{sorted(unknown)} are not facts to note; use a transition")
-    return _changed(record, now, **changes)
+    return changed(record, now, **changes)
 
 
-def _held(record: ExportRecord, holding: str) -> Lease:
+def held(record: ExportRecord, holding: str) -> Lease:
+    """The lease under which a record is running, if it is this one.
+
+    Raises:
+        LeaseLost: The export has ended, or its lease was taken over.
+    """
     if record.state is not R or record.lease is None or record.lease.lease_id != holding:
         raise LeaseLost(f"export {record.export_id} is {record.state} and no longer ours: stop before the next write")
     return record.lease
 
 
-def _changed(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:
+def changed(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:
+    """The record with other fields, one revision later; for this module and `dispatcher.shared_lease` alone."""
     fields = {name: getattr(record, name) for name in ExportRecord.model_fields}
     return ExportRecord.model_validate({**fields, **changes, "revision": record.revision + 1, "updated_at": now})

@@ -14,18 +14,9 @@ from typing import Protocol
 
 from dispatcher.contract import ExportRecord, Lease, State
 from dispatcher.errors import ExportError, IllegalTransition, LeaseLost, Unavailable
-from dispatcher.lifecycle import (
-    LAUNCH_GRACE_SECONDS,
-    Actor,
-    agreed,
-    asked_anew,
-    holds_live_lease,
-    joined,
-    left_to_others,
-    renewed,
-    transition,
-)
+from dispatcher.lifecycle import LAUNCH_GRACE_SECONDS, Actor, holds_live_lease, renewed, transition
 from dispatcher.records import RecordStore, update
+from dispatcher.shared_lease import agreed, asked_anew, joined, left_to_others
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
