@@ -171,13 +171,14 @@ def renewed(
 ) -> ExportRecord:
     """The exporter's heartbeat: the same lease, longer, with how far the work is.
 
-    Several tasks may hold one lease: under it, progress is that of the furthest and never goes back.
+    Several tasks may hold one lease: under it, stage and progress are those of the furthest, and never go back.
 
     Raises:
         LeaseLost: The export was cancelled, or its lease taken over.
     """
     lease = held(record, holding).model_copy(update={"expires_at": expires_at})
-    return changed(record, now, lease=lease, stage=stage, progress=min(max(progress, record.progress), 1.0))
+    further = {"stage": stage, "progress": min(progress, 1.0)} if progress >= record.progress else {}
+    return changed(record, now, lease=lease, **further)
 
 
 def completed(

@@ -128,13 +128,15 @@ def test_a_token_is_kept_while_a_retry_can_use_it(retryable: bool) -> None:
     assert (ended.token_ref == "ref") is retryable
 
 
-def test_progress_never_goes_back_under_one_lease() -> None:
-    """Of several tasks, each reports its own; a new claim begins anew."""
+def test_stage_and_progress_never_go_back_under_one_lease() -> None:
+    """Of several tasks, each reports its own: one that begins late does not hide how far the others are."""
     running = renewed(record(State.RUNNING), holding="mine", expires_at=LATER, stage="merging", progress=0.6, now=START)
     other = renewed(running, holding="mine", expires_at=LATER, stage="planning", progress=0.1, now=START)
-    assert (other.stage, other.progress) == ("planning", 0.6)
+    assert (other.stage, other.progress) == ("merging", 0.6)
+    level = renewed(other, holding="mine", expires_at=LATER, stage="verifying", progress=0.6, now=START)
+    assert (level.stage, level.progress) == ("verifying", 0.6)
     again = transition(other, State.RUNNING, by=Actor.EXPORTER, now=START, lease=lease("new", "me"))
-    assert again.progress == 0.0
+    assert (again.stage, again.progress) == ("claimed", 0.0)
 
 
 def test_the_dead_letter_leaves_what_has_an_execution() -> None:
