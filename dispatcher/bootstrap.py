@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dispatcher import logs
 from dispatcher.artifacts import ArtifactStore, open_artifacts
 from dispatcher.jobqueue import JobQueue, open_queue
+from dispatcher.lifecycle import LAUNCH_GRACE_SECONDS
 from dispatcher.records import RecordStore, open_records
 from dispatcher.runner import JobRunner, open_runner
 from dispatcher.service import Service
@@ -15,8 +16,6 @@ from dispatcher.settings import Settings
 from dispatcher.tokens import TokenStore, open_tokens
 from dispatcher.trigger import Trigger
 
-CLOUD_LAUNCH_GRACE_SECONDS = 900
-"""How long a Cloud Run execution may wait for a GPU before it counts as lost."""
 ANSWER_SECONDS = 5.0
 """How long an HTTP answer waits for a bucket; the caller is told to ask again then."""
 
@@ -65,7 +64,7 @@ def build(settings: Settings) -> Stack:
         runner=runner,
         lease_seconds=settings.lease_seconds,
         max_attempts=settings.max_attempts,
-        launch_grace_seconds=0 if settings.embedded else CLOUD_LAUNCH_GRACE_SECONDS,
+        launch_grace_seconds=0 if settings.embedded else LAUNCH_GRACE_SECONDS,
         several_tasks=not settings.embedded,
     )
     service = Service(

@@ -225,6 +225,8 @@ class ExportRecord(Frozen):
     execution: str | None = None
     log_uri: str | None = None
     force_nonce: str | None = None
+    version: str | None = None
+    """Which version the tasks that hold it are making, where there are several."""
     created_at: datetime
     updated_at: datetime
     published_at: datetime | None = None

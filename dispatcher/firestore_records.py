@@ -26,7 +26,7 @@ RETRY_SECONDS = 10.0
 """How long a call that meets a passing fault is repeated; a caller waits for the answer meanwhile."""
 _PASSING = if_exception_type(api.TooManyRequests, api.ServerError, api.Aborted)
 _JOB_FIELDS = (
-    *("user_id", "status", "base_model_id", "base_model_revision", "provider"),
+    *("user_id", "status", "base_model_id", "base_model_revision", "merge_base", "provider"),
     *("adapter_path", "artifacts.raw.adapter"),
 )
 """What an export needs of a training job; whatever else is in there is not ours, and may be anything."""

@@ -22,6 +22,8 @@ from dispatcher.errors import IllegalTransition, LeaseHeld, LeaseLost
 
 Q, S, R = State.QUEUED, State.STARTING, State.RUNNING
 DONE, FAILED, CANCELLED = State.COMPLETED, State.FAILED, State.CANCELLED
+LAUNCH_GRACE_SECONDS = 900
+"""How long a task on Cloud Run may wait for a GPU, or for a place under a quota, before it counts as lost."""
 
 
 class Actor(StrEnum):
@@ -109,13 +111,13 @@ def transition(
     elif by in (Actor.SWEEP, Actor.DEAD_LETTER) and (live or (by is Actor.DEAD_LETTER and record.execution)):
         raise LeaseHeld(f"{name} is {record.state} and being worked on: left alone")
     effects = {**_effects(record, to, by), "lease": lease, **changes}
-    return _changed(record, now, state=to, **effects)
+    return changed(record, now, state=to, **effects)
 
 
 def _effects(record: ExportRecord, to: State, by: Actor) -> dict[str, Any]:
     """What a move does to the fields besides the lease."""
     if to is Q:
-        anew: dict[str, Any] = {"stage": None, "progress": 0.0, "execution": None, "log_uri": None}
+        anew: dict[str, Any] = {"stage": None, "progress": 0.0, "execution": None, "log_uri": None, "version": None}
         if by is not Actor.TRIGGER:  # whose message is not acknowledged, and so comes again
             anew["published_at"] = None
         if record.state not in (S, R):
@@ -125,7 +127,7 @@ def _effects(record: ExportRecord, to: State, by: Actor) -> dict[str, Any]:
         return anew
     if to is R:
         claimed = {"attempt": record.attempt + 1, "launches": 0}
-        return claimed | {"stage": "claimed", "progress": 0.0, "error": None}
+        return claimed | {"stage": "claimed", "progress": 0.0, "error": None, "version": None}
     if to is S:
         return {"execution": None, "log_uri": None, "launches": record.launches + 1}
     if to is DONE:
@@ -161,7 +163,7 @@ def delivered(record: ExportRecord, *, adapter: Artifact, adapter_fingerprint: s
         raise IllegalTransition(f"export {record.export_id} is no adapter: only its exporter can complete it")
     done: dict[str, Any] = {"state": DONE, "stage": None, "progress": 1.0, "lease": None, "error": None}
     done |= {"artifacts": (adapter,), "adapter_fingerprint": adapter_fingerprint, "token_ref": None}
-    return _changed(record, now, **done)
+    return changed(record, now, **done)
 
 
 def renewed(
@@ -169,30 +171,14 @@ def renewed(
 ) -> ExportRecord:
     """The exporter's heartbeat: the same lease, longer, with how far the work is.
 
-    Several tasks may hold one lease: under it, progress is that of the furthest and never goes back.
+    Several tasks may hold one lease: under it, stage and progress are those of the furthest, and never go back.
 
     Raises:
         LeaseLost: The export was cancelled, or its lease taken over.
     """
-    if record.state is not R or record.lease is None or record.lease.lease_id != holding:
-        raise LeaseLost(f"export {record.export_id} is {record.state} and no longer ours: stop before the next write")
-    lease = record.lease.model_copy(update={"expires_at": expires_at})
-    return _changed(record, now, lease=lease, stage=stage, progress=min(max(progress, record.progress), 1.0))
-
-
-def joined(record: ExportRecord, *, execution: str, expires_at: datetime, now: datetime) -> ExportRecord:
-    """A further task of the execution that holds the export: the same lease, no shorter than it was.
-
-    A lease of that execution which has run out is taken up again, since its tasks may run hours apart. It is one
-    attempt, however many tasks join it; stage and progress stay.
-
-    Raises:
-        LeaseLost: The export is not running, or another execution holds it.
-    """
-    lease = record.lease
-    if record.state is not R or lease is None or lease.owner != execution:
-        raise LeaseLost(f"export {record.export_id} is {record.state} and not held by execution {execution}")
-    return _changed(record, now, lease=lease.model_copy(update={"expires_at": max(lease.expires_at, expires_at)}))
+    lease = held(record, holding).model_copy(update={"expires_at": expires_at})
+    further = {"stage": stage, "progress": min(progress, 1.0)} if progress >= record.progress else {}
+    return changed(record, now, lease=lease, **further)
 
 
 def completed(
@@ -242,9 +228,21 @@ def noted(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:
     unknown = changes.keys() - {"published_at", "execution", "log_uri", "token_ref", "force_nonce"}
     if unknown:
         raise IllegalTransition(f"{sorted(unknown)} are not facts to note; use a transition")
-    return _changed(record, now, **changes)
+    return changed(record, now, **changes)
 
 
-def _changed(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:
+def held(record: ExportRecord, holding: str) -> Lease:
+    """The lease under which a record is running, if it is this one.
+
+    Raises:
+        LeaseLost: The export has ended, or its lease was taken over.
+    """
+    if record.state is not R or record.lease is None or record.lease.lease_id != holding:
+        raise LeaseLost(f"export {record.export_id} is {record.state} and no longer ours: stop before the next write")
+    return record.lease
+
+
+def changed(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:
+    """The record with other fields, one revision later; for this module and `dispatcher.shared_lease` alone."""
     fields = {name: getattr(record, name) for name in ExportRecord.model_fields}
     return ExportRecord.model_validate({**fields, **changes, "revision": record.revision + 1, "updated_at": now})

@@ -100,7 +100,8 @@ class Work:
             # With what a killed attempt left, on a machine that rounds otherwise; or another attempt has published it.
             log.warning("what is there is recorded, or else another version is made: %s", error.message)
             found, manifest = _settled(self.store, self.job.job_id, identity)
-            return self._made(found if manifest is not None else found.instead(), recipe, tasks)
+            settled = manifest is not None or tasks.count > 1  # several have spoilt it, so that it was passed over
+            return self._made(found if settled else found.instead(), recipe, tasks)
 
     def _made(self, wanted: Identity, recipe: Recipe, tasks: Tasks) -> Result | None:
         """The first version of an identity that is not spoilt: found, or written now."""
@@ -111,6 +112,7 @@ class Work:
             log.info("found finished, only recording it: %s", directory)
             _drop_parts(attempt)
             return _result(self.store, directory, manifest, {}, identity)
+        self.hold.agree(identity.version, instead_of=identity.nonce)
         if tasks.count == 1 and self.hold.is_ours():
             self.store.remove_unpublished(directory)
             self.store.remove_unpublished(attempt.parts_directory)

@@ -17,7 +17,7 @@ from dispatcher.records import RecordStore, update
 from dispatcher.tokens import TokenStore
 from exporter.artifact import Result
 from exporter.gguf_export import export_gguf
-from exporter.lease import Claim, Heartbeat, Interrupted, claim, utc_now
+from exporter.lease import Claim, Heartbeat, Interrupted, claim, leave, utc_now
 from exporter.making import Checks
 from exporter.merged import export_merged
 from exporter.order import Order, ordered
@@ -155,6 +155,7 @@ def _run_export(
         with Heartbeat(stores.records, claimed, seconds=stores.lease_seconds, stop=stop) as heartbeat:
             result = _make(claimed.record, order, stores, job, heartbeat, share)
         if result is None:
+            leave(stores.records, claimed)
             log.info("part %d of %d is done, others are still at theirs", order.task_index + 1, order.task_count)
             return ExitCode.DONE
         _commit(claimed, result, stores)
@@ -223,13 +224,15 @@ def _commit(claimed: Claim, result: Result, stores: Stores) -> None:
 def _give_up(claimed: Claim, error: ExportError, order: Order, stores: Stores) -> ExitCode:
     """Record why this attempt ended: back to the queue after a passing fault, else failed.
 
-    After a passing fault of one of several tasks nothing is recorded: the others go on, and this one is started again.
+    After a passing fault of one of several tasks the others go on, and this one is started again.
     """
     record = claimed.record
     attempt = order.task_attempt + 1 if order.task_count > 1 else record.attempt
     again = error.retryable and (attempt < stores.max_attempts or isinstance(error, Interrupted))
     log.error("%s: %s (%s)", record.export_id, error.message, error.error_code)
     if again and order.task_count > 1:
+        if attempt < stores.max_attempts:
+            leave(stores.records, claimed)
         return ExitCode.TRY_AGAIN
 
     token_ref: str | None = None

@@ -14,8 +14,9 @@ from typing import Protocol
 
 from dispatcher.contract import ExportRecord, Lease, State
 from dispatcher.errors import ExportError, IllegalTransition, LeaseLost, Unavailable
-from dispatcher.lifecycle import Actor, holds_live_lease, joined, renewed, transition
+from dispatcher.lifecycle import LAUNCH_GRACE_SECONDS, Actor, holds_live_lease, renewed, transition
 from dispatcher.records import RecordStore, update
+from dispatcher.shared_lease import agreed, asked_anew, joined, left_to_others
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
@@ -65,8 +66,8 @@ def claim(
 
     Raises:
         LeaseHeld: Someone else is at work on it.
-        IllegalTransition: Its state does not allow a claim; or a caller or the sweep queued it again, so that the tasks
-            which were at work on it may have ended, and its own message starts another execution.
+        IllegalTransition: Its state does not allow a claim; or it was asked for again since its tasks were launched:
+            its own message starts another execution.
     """
     lease_id = secrets.token_hex(16)
 
@@ -75,8 +76,8 @@ def claim(
         lease = Lease(lease_id=lease_id, owner=execution, expires_at=now + timedelta(seconds=seconds))
         if tasks > 1 and record.state is State.RUNNING and record.lease and record.lease.owner == execution:
             return joined(record, execution=execution, expires_at=lease.expires_at, now=now)
-        if tasks > 1 and record.state is State.QUEUED and handed:
-            raise IllegalTransition(f"export {export_id} was queued again: its message starts another execution")
+        if tasks > 1 and handed and asked_anew(record, handed=handed):
+            raise IllegalTransition(f"export {export_id} was asked for again: its message starts another execution")
         return transition(
             record,
             State.RUNNING,
@@ -91,6 +92,23 @@ def claim(
 
     record = update(records, export_id, change)
     return Claim(record, record.lease.lease_id if record.lease else lease_id, tasks)
+
+
+def leave(records: RecordStore, claimed: Claim) -> None:
+    """Leave an export to tasks that are still to be started: they may wait for a machine longer than a lease lasts."""
+
+    def change(record: ExportRecord) -> ExportRecord | None:
+        now = utc_now()
+        until = now + timedelta(seconds=LAUNCH_GRACE_SECONDS)
+        return left_to_others(record, holding=claimed.lease_id, expires_at=until, now=now)
+
+    try:
+        update(records, claimed.record.export_id, change)
+    except LeaseLost as error:
+        log.info("it has ended meanwhile: %s", error.message)
+    except ExportError as error:
+        # At worst the sweep starts another execution, which goes on from what is finished.
+        log.warning("the lease stays as it is: %s", error.message)
 
 
 class Heartbeat:
@@ -150,6 +168,26 @@ class Heartbeat:
                 f"no heartbeat of {self._claim.record.export_id} got through for {self._seconds} s",
                 code="heartbeat_failed",
             )
+
+    def agree(self, version: str, *, instead_of: str | None = None) -> None:
+        """Settle which version is made, among the tasks that hold the export together; one alone has nobody to ask.
+
+        Args:
+            version: What this task is about to make.
+            instead_of: The version that this one is made in place of, if that one is spoilt.
+
+        Raises:
+            LeaseLost: The export was cancelled or taken over.
+            Unavailable: Another task is making another version: base or adapter changed (`source_changed`).
+        """
+        if self._claim.tasks == 1:
+            return
+
+        def change(record: ExportRecord) -> ExportRecord | None:
+            holding = self._claim.lease_id
+            return agreed(record, holding=holding, version=version, instead_of=instead_of, now=utc_now())
+
+        update(self._records, self._claim.record.export_id, change)
 
     def is_ours(self) -> bool:
         """Whether nobody else can be at work on it: the lease is ours and live, or it was cancelled under us.
@@ -219,5 +257,7 @@ class Hold(Protocol):
     def report(self, stage: str, progress: float) -> None: ...
 
     def check(self) -> None: ...
+
+    def agree(self, version: str, *, instead_of: str | None = None) -> None: ...
 
     def is_ours(self) -> bool: ...

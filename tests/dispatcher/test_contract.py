@@ -73,6 +73,7 @@ def records(draw: st.DrawFn) -> ExportRecord:
         execution=draw(st.none() | texts),
         log_uri=draw(st.none() | texts),
         force_nonce=draw(st.none() | texts),
+        version=draw(st.none() | texts),
         created_at=draw(times),
         updated_at=draw(times),
         published_at=draw(st.none() | times),

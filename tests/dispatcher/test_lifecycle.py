@@ -14,7 +14,6 @@ from dispatcher.lifecycle import (
     completed,
     delivered,
     failed,
-    joined,
     noted,
     reclaimed,
     renewed,
@@ -120,28 +119,6 @@ def test_who_lost_the_lease_writes_nothing_more() -> None:
         renewed(record(State.CANCELLED), holding="mine", expires_at=LATER, stage="s", progress=0, now=START)
 
 
-@given(records(), st.integers(-200, 200), st.integers(-200, 200))
-def test_a_further_task_changes_nothing_but_the_lease(found: ExportRecord, left: int, wanted: int) -> None:
-    """Live or run out: it stays the same, and is never shortened; it is no attempt of its own."""
-    running = found.model_copy(update={"state": State.RUNNING, "lease": lease(seconds=left)})
-    until = START + timedelta(seconds=wanted)
-    after = joined(running, execution="me", expires_at=until, now=START)
-    change = {"lease": lease(seconds=max(left, wanted)), "revision": found.revision + 1, "updated_at": START}
-    assert after == running.model_copy(update=change)
-    with pytest.raises(LeaseLost):
-        joined(running, execution="other", expires_at=until, now=START)
-
-
-@given(records())
-def test_what_is_not_running_is_not_joined(found: ExportRecord) -> None:
-    """Queued again, finished or cancelled: whoever begins now is no task of that claim."""
-    if found.state is State.RUNNING:
-        return
-    owner = found.lease.owner if found.lease else "me"
-    with pytest.raises(LeaseLost):
-        joined(found, execution=owner, expires_at=LATER, now=START)
-
-
 @pytest.mark.parametrize("retryable", [True, False])
 def test_a_token_is_kept_while_a_retry_can_use_it(retryable: bool) -> None:
     """A failure for good drops it from the record."""
@@ -151,13 +128,15 @@ def test_a_token_is_kept_while_a_retry_can_use_it(retryable: bool) -> None:
     assert (ended.token_ref == "ref") is retryable
 
 
-def test_progress_never_goes_back_under_one_lease() -> None:
-    """Of several tasks, each reports its own; a new claim begins anew."""
+def test_stage_and_progress_never_go_back_under_one_lease() -> None:
+    """Of several tasks, each reports its own: one that begins late does not hide how far the others are."""
     running = renewed(record(State.RUNNING), holding="mine", expires_at=LATER, stage="merging", progress=0.6, now=START)
     other = renewed(running, holding="mine", expires_at=LATER, stage="planning", progress=0.1, now=START)
-    assert (other.stage, other.progress) == ("planning", 0.6)
+    assert (other.stage, other.progress) == ("merging", 0.6)
+    level = renewed(other, holding="mine", expires_at=LATER, stage="verifying", progress=0.6, now=START)
+    assert (level.stage, level.progress) == ("verifying", 0.6)
     again = transition(other, State.RUNNING, by=Actor.EXPORTER, now=START, lease=lease("new", "me"))
-    assert again.progress == 0.0
+    assert (again.stage, again.progress) == ("claimed", 0.0)
 
 
 def test_the_dead_letter_leaves_what_has_an_execution() -> None:

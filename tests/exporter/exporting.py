@@ -33,6 +33,9 @@ class Undisturbed:
     def check(self) -> None:
         pass
 
+    def agree(self, version: str, *, instead_of: str | None = None) -> None:
+        pass
+
     def is_ours(self) -> bool:
         return True
 

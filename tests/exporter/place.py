@@ -66,6 +66,16 @@ class Place:
     def record_change(self, to: State, by: Actor, export_id: str = EXPORT) -> None:
         update(self.records, export_id, lambda record: transition(record, to, by=by, now=utc_now()))
 
+    def launched(self, lease_id: str, seconds: int) -> None:
+        """Let the trigger launch an execution under a lease; negative seconds are one that has run out."""
+        now = utc_now()
+        lease = Lease(lease_id=lease_id, owner="trigger", expires_at=now + timedelta(seconds=seconds))
+        update(
+            self.records,
+            EXPORT,
+            lambda record: transition(record, State.STARTING, by=Actor.TRIGGER, now=now, lease=lease),
+        )
+
     def leased(self, owner: str, seconds: int) -> None:
         """Let someone else claim the export; negative seconds are a lease that has run out."""
         now = utc_now()

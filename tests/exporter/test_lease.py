@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dispatcher.contract import ExportRecord, State
+from dispatcher.errors import LeaseLost, Unavailable
 from dispatcher.lifecycle import Actor, holds_live_lease, transition
 from dispatcher.logs import bound, configure
 from dispatcher.records import update
@@ -123,6 +124,27 @@ def test_several_tasks_get_one_lease_and_one_task_takes_its_predecessors(records
     assert stored(records).attempt == 2
 
 
+def test_tasks_settle_on_one_version_and_one_task_has_nobody_to_ask(records: SqliteRecords) -> None:
+    """What it finds changed it makes anew, whole."""
+
+    def beat(tasks: int) -> Heartbeat:
+        ours = claim(records, "job.merged", execution="e", handed=None, seconds=120, tasks=tasks)
+        return Heartbeat(records, ours, seconds=120, stop=threading.Event())
+
+    first, second = beat(2), beat(2)
+    first.agree("v1")
+    second.agree("v1")
+    with pytest.raises(Unavailable):
+        second.agree("v2")
+    assert stored(records).version == "v1"
+    alone = beat(1)
+    alone.agree("v1")
+    alone.agree("v2")
+    assert stored(records).version is None
+    with pytest.raises(LeaseLost):
+        first.agree("v1")
+
+
 def test_progress_is_that_of_the_furthest_task(records: SqliteRecords, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each writes its own, and the record never goes back."""
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.01)
@@ -132,10 +154,11 @@ def test_progress_is_that_of_the_furthest_task(records: SqliteRecords, monkeypat
         heartbeat.report("merging", 0.8)
         until(lambda: stored(records).progress == 0.8, "the first task's progress")
     with Heartbeat(records, near, seconds=120, stop=threading.Event()) as heartbeat:
+        written = stored(records).revision
         heartbeat.report("planning", 0.1)
-        until(lambda: stored(records).stage == "planning", "the second task's report")
+        until(lambda: stored(records).revision > written, "the second task's report")
         assert not heartbeat.is_ours()
-    assert stored(records).progress == 0.8
+    assert (stored(records).stage, stored(records).progress) == ("merging", 0.8)
 
 
 def test_a_log_of_another_execution_is_not_shown_as_this_ones(records: SqliteRecords) -> None:

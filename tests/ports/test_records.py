@@ -32,6 +32,17 @@ def test_a_job_is_created_once(records: RecordStore) -> None:
     assert job.user_id == "ann"
 
 
+def test_everything_that_an_export_needs_of_a_job_is_read(records: RecordStore) -> None:
+    """Whether a store reads the whole document or only what it names."""
+    whole = {**JOB, "base_model_revision": "r", "merge_base": "google/other@v", "provider": "unsloth"}
+    records.put_job("job", {**whole, "artifacts": {"raw": {"adapter": "/a"}}})
+    records.put_job("older", {**whole, "adapter_path": "/b"})
+    for job_id, adapter in (("job", "/a"), ("older", "/b")):
+        job = records.get_job(job_id)
+        assert job is not None
+        assert job.model_dump() == {**whole, "job_id": job_id, "adapter_path": adapter}
+
+
 @pytest.mark.parametrize("document", [{}, {**JOB, "user_id": None}, {**JOB, "status": 3}, {**JOB, "provider": "x"}])
 def test_a_job_that_cannot_be_used_says_which_field(records: RecordStore, document: dict[str, Any]) -> None:
     """It is somebody else's document, so its faults are an answer and no crash."""
@@ -154,6 +165,7 @@ def test_a_record_comes_back_as_it_went_in(records: RecordStore) -> None:
         ),
         summary={"engine": "streaming", "seconds": 1.25, "verified": {"worst_error_ulp": 0.5}, "none": None},
         error=Failure(code="c", message="m\nn", retryable=True),
+        version="0123456789ab",
     )
     records.create_export(full)
     assert records.get_export("job.merged") == full
