@@ -68,7 +68,8 @@ def weights(models: Path) -> dict[str, bytes]:
 def kept(store: GcsArtifacts) -> dict[str, bytes]:
     """What is in the bucket of the base, by name."""
     uri = store.uri(f"{ROOT}/google/tiny@{COMMIT}")
-    return {file.name: store.read(f"{uri}/{file.name}") for file in store.list(uri)}
+    names = [file.name for file in store.list(uri) if not file.name.endswith(".json")]
+    return {name: store.read(f"{uri}/{name}") for name in names}
 
 
 def content(store: GcsArtifacts, result: Result | None) -> bytes:
