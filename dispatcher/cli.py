@@ -192,6 +192,14 @@ def sweep(*, as_json: bool) -> None:
 
 
 @main.command()
+def openapi() -> None:
+    """Print the OpenAPI document of the HTTP API, as JSON."""
+    from dispatcher.openapi import document
+
+    _say(json.dumps(document(), indent=2))
+
+
+@main.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--base", help="Base model: hub id (optionally @revision) or directory; default: what the adapter names.")
 @_reported

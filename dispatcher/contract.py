@@ -19,6 +19,8 @@ QUANTIZATIONS = (
     *("q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "iq4_nl", "iq4_xs", "q4_0", "q5_0"),
 )
 DEFAULT_QUANTIZATION = "q8_0"
+TOKEN_PATTERN = r"^[!-~]{1,512}$"
+"""A Hugging Face token: what a header can hold."""
 NEED_IMPORTANCE = {
     **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "q2_k_s"), "q2_k"),
     "iq3_xxs": "q3_k_s",
@@ -26,6 +28,21 @@ NEED_IMPORTANCE = {
 """What llama.cpp makes with an importance matrix alone, and what to ask for instead. Source: `tensor_requires_imatrix`
 in https://github.com/ggml-org/llama.cpp/blob/master/src/llama-quant.cpp"""
 SCHEMA_VERSION: Literal[1] = 1
+
+
+_KINDS = rf"(?:adapter|merged|gguf\.(?:{'|'.join(QUANTIZATIONS)}))"
+JOB_ID_FORM: dict[str, Any] = {
+    "pattern": r"^(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,199}$",
+    "minLength": 1,
+    "maxLength": 200,
+}
+"""`is_job_id` in JSON Schema's words."""
+EXPORT_ID_FORM: dict[str, Any] = {
+    "pattern": rf"^(?!.*\.\.(?!{_KINDS}$))[A-Za-z0-9][A-Za-z0-9._-]{{0,199}}\.{_KINDS}$",
+    "minLength": len("x.merged"),
+    "maxLength": 200 + max(len(f".gguf.{quantization}") for quantization in QUANTIZATIONS),
+}
+"""`is_export_id` in JSON Schema's words: a job id may end with a dot, and a type follows after another."""
 
 
 class ExportType(StrEnum):
@@ -59,7 +76,7 @@ def is_job_id(text: str) -> bool:
 
 def is_token(text: str) -> bool:
     """Whether `text` can be a Hugging Face token: what a header can hold."""
-    return re.fullmatch(r"[!-~]{1,512}", text) is not None
+    return re.fullmatch(TOKEN_PATTERN, text) is not None and not text.endswith("\n")
 
 
 def is_export_id(text: str) -> bool:
@@ -97,9 +114,9 @@ JobId = Annotated[str, StringConstraints(pattern=JOB_ID_PATTERN)]
 class ExportRequest(Frozen):
     """The body of `POST /export`."""
 
-    job_id: Annotated[str, Field(strict=True)]
+    job_id: Annotated[str, Field(strict=True, json_schema_extra=JOB_ID_FORM)]
     export_type: ExportType
-    hf_token: SecretStr | None = None
+    hf_token: Annotated[SecretStr, Field(json_schema_extra={"pattern": TOKEN_PATTERN})] | None = None
     quantization: Literal[QUANTIZATIONS] | None = None  # type: ignore[valid-type]  # one list, used as type and data
 
     @field_validator("quantization", mode="before")

@@ -259,8 +259,7 @@ class Service:
         unfinished = self._records.list_exports(user_id=user, states=UNFINISHED, limit=self._max_unfinished)
         if len(unfinished) >= self._max_unfinished:
             raise TooManyExports(
-                f"{len(unfinished)} exports of yours are unfinished, which is the limit: wait for one to end",
-                headers={"Retry-After": "60"},
+                f"{len(unfinished)} exports of yours are unfinished, which is the limit: wait for one to end"
             )
 
     def _stored_token(self, request: ExportRequest) -> str | None:
