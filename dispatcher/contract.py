@@ -19,8 +19,8 @@ QUANTIZATIONS = (
     *("q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "iq4_nl", "iq4_xs", "q4_0", "q5_0"),
 )
 DEFAULT_QUANTIZATION = "q8_0"
-TOKEN_PATTERN = r"^[!-~]{1,512}$"
-"""A Hugging Face token: what a header can hold."""
+HEADER_VALUE_PATTERN = r"^[!-~]{1,512}$"
+"""What a header can hold, and so the most that a Hugging Face token can be."""
 NEED_IMPORTANCE = {
     **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "q2_k_s"), "q2_k"),
     "iq3_xxs": "q3_k_s",
@@ -76,7 +76,7 @@ def is_job_id(text: str) -> bool:
 
 def is_token(text: str) -> bool:
     """Whether `text` can be a Hugging Face token: what a header can hold."""
-    return re.fullmatch(TOKEN_PATTERN, text) is not None and not text.endswith("\n")
+    return re.fullmatch(HEADER_VALUE_PATTERN, text) is not None and not text.endswith("\n")
 
 
 def is_export_id(text: str) -> bool:
@@ -116,7 +116,7 @@ class ExportRequest(Frozen):
 
     job_id: Annotated[str, Field(strict=True, json_schema_extra=JOB_ID_FORM)]
     export_type: ExportType
-    hf_token: Annotated[SecretStr, Field(json_schema_extra={"pattern": TOKEN_PATTERN})] | None = None
+    hf_token: Annotated[SecretStr, Field(json_schema_extra={"pattern": HEADER_VALUE_PATTERN})] | None = None
     quantization: Literal[QUANTIZATIONS] | None = None  # type: ignore[valid-type]  # one list, used as type and data
 
     @field_validator("quantization", mode="before")
