@@ -41,9 +41,7 @@ def _without_default(schema: dict[str, Any]) -> None:
 
 def _left_out(description: str) -> Any:
     """A field that is not there, rather than null, where there is nothing to say."""
-    return Field(
-        default=None, exclude_if=_is_none, description=description, json_schema_extra=_without_default
-    )
+    return Field(default=None, exclude_if=_is_none, description=description, json_schema_extra=_without_default)
 
 
 Text = str | SkipJsonSchema[None]

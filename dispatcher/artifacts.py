@@ -1,16 +1,19 @@
 """Where artifacts lie: create-only files under a root, each with its size and crc32c."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from dispatcher.errors import Misconfigured, SourceError
+from dispatcher.limits import MAX_LISTED_FILES
 
 SMALL_FILE_LIMIT = 16 << 20
+Listed = TypeVar("Listed")
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,9 @@ class ArtifactStore(Protocol):
         Without `checksums` no file is read for its crc32c, which is empty then, unless the store knows it anyway.
 
         Raises:
-            SourceError: A symbolic link leads out of it (`link_refused`), a name cannot be a file's here
-                (`file_name_invalid`), the bucket, of someone else, may not be read (`source_forbidden`), or it tells
-                no checksum of an object (`checksum_missing`).
+            SourceError: There are over `MAX_LISTED_FILES` (`too_many_files`), a symbolic link leads out of it
+                (`link_refused`), a name cannot be a file's here (`file_name_invalid`), the bucket, of someone else, may
+                not be read (`source_forbidden`), or it tells no checksum of an object (`checksum_missing`).
         """
 
     def read(self, uri: str, *, limit: int = SMALL_FILE_LIMIT) -> bytes:
@@ -190,7 +193,10 @@ def path_of(uri: str) -> Path:
     Raises:
         SourceError: It names something that is not on this machine.
     """
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:  # of an address in brackets that is none
+        raise SourceError(f"{uri!r} is no URI: expected a file:// URI or a path", code="uri_unsupported") from error
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         text = unquote(parts.path)
     elif "://" in uri or parts.scheme == "file":
@@ -227,6 +233,22 @@ def checked_parts(parts: Sequence[str]) -> list[str]:
 def file_uri(uri: str, name: str) -> str:
     """The URI of a file that was listed under a URI or plain path."""
     return f"{uri.rstrip('/')}/{quote(name) if uri.startswith('file:') else name}"
+
+
+def bounded_listing(files: Iterator[Listed], uri: str) -> list[Listed]:
+    """All of `files`, which were found under a URI.
+
+    Raises:
+        SourceError: There are over `MAX_LISTED_FILES` (`too_many_files`); the rest was not looked at.
+    """
+    found = [*islice(files, MAX_LISTED_FILES + 1)]
+    if len(found) > MAX_LISTED_FILES:
+        raise SourceError(
+            f"there are over {MAX_LISTED_FILES} files under {uri}: expected a folder with the files of one model or"
+            " adapter; does the path end too early?",
+            code="too_many_files",
+        )
+    return found
 
 
 def read_whole(store: ArtifactStore, uri: str, limit: int) -> bytes:

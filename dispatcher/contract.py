@@ -4,12 +4,26 @@ Everything here is frozen; a change is a new copy. How a record may change is `d
 """
 
 import hashlib
+import json
 import re
 from datetime import datetime
 from enum import StrEnum
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
+
+from dispatcher.limits import MAX_MESSAGE_LENGTH, MAX_NAME_LENGTH, MAX_PATH_LENGTH, MAX_SUMMARY_BYTES
+from dispatcher.logs import clean
 
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
 """A job id becomes a file name, a document id and a command argument; `..` is refused besides."""
@@ -111,6 +125,10 @@ class Frozen(BaseModel):
 JobId = Annotated[str, StringConstraints(pattern=JOB_ID_PATTERN)]
 
 
+Name = Annotated[str, StringConstraints(max_length=MAX_NAME_LENGTH)]
+Place = Annotated[str, StringConstraints(max_length=MAX_PATH_LENGTH)]
+
+
 class ExportRequest(Frozen):
     """The body of `POST /export`."""
 
@@ -148,15 +166,15 @@ class TrainingJob(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     job_id: str
-    user_id: str
-    status: str
-    base_model_id: str
-    base_model_revision: str | None = None
-    merge_base: str | None = None
+    user_id: Name
+    status: Name
+    base_model_id: Place
+    base_model_revision: Name | None = None
+    merge_base: Place | None = None
     """The 16-bit model to merge into where `base_model_id` is a quantized one: a hub id, optionally `@revision`, or a
     directory. The platform need not say it where names tell (see `exporter.bases`)."""
     provider: Literal["unsloth", "huggingface"] = "huggingface"
-    adapter_path: str | None = None
+    adapter_path: Place | None = None
 
     @classmethod
     def from_document(cls, job_id: str, document: dict[str, Any]) -> Self:
@@ -211,8 +229,20 @@ class Failure(Frozen):
     """Why an export failed, as a caller may see it."""
 
     code: str
-    message: str
+    message: Annotated[str, AfterValidator(partial(clean, limit=MAX_MESSAGE_LENGTH))]
+    """What a file, a library or a peer said may be in it, so it is cut and escaped whoever writes it."""
     retryable: bool
+
+
+def _small(summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary's first entries, as many as have room in a record; `left_out` counts the others."""
+    room, kept = MAX_SUMMARY_BYTES, dict[str, Any]()
+    for name, value in summary.items():
+        room -= len(json.dumps([name, value], default=str))
+        if room < 0:
+            return {**kept, "left_out": len(summary) - len(kept)}
+        kept[name] = value
+    return summary
 
 
 class ExportRecord(Frozen):
@@ -234,7 +264,7 @@ class ExportRecord(Frozen):
     lease: Lease | None = None
     adapter_fingerprint: str
     artifacts: tuple[Artifact, ...] = ()
-    summary: dict[str, Any] = {}
+    summary: Annotated[dict[str, Any], AfterValidator(_small)] = {}
     """What the manifest says in short: engine, counts of tensors merged and copied, seconds, peak memory."""
     error: Failure | None = None
     token_ref: str | None = None

@@ -18,6 +18,7 @@ from dispatcher.artifacts import (
     ArtifactWriter,
     ComposedFile,
     StoredFile,
+    bounded_listing,
     checked_parts,
     checked_path,
     read_whole,
@@ -108,7 +109,7 @@ class GcsArtifacts:
         prefix = f"{name}/" if name else ""
         with self._reading(bucket):
             try:
-                blobs = [*self._listing(bucket, prefix)]
+                blobs = bounded_listing(self._listing(bucket, prefix), uri)
             except api.NotFound:
                 if bucket == self._bucket:
                     raise

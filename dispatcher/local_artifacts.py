@@ -16,6 +16,7 @@ from dispatcher.artifacts import (
     ArtifactWriter,
     ComposedFile,
     StoredFile,
+    bounded_listing,
     byte_view,
     checked_parts,
     checked_path,
@@ -69,9 +70,10 @@ class LocalArtifacts:
 
     def list(self, uri: str, *, checksums: bool = True) -> list[StoredFile]:
         top = path_of(uri)
-        if not top.is_dir():
+        if not os.path.isdir(top):  # Path.is_dir raises for a name that is too long
             return []
-        found = [StoredFile(name, size, self.checksum(path) if checksums else "") for name, path, size in walk(top)]
+        files = bounded_listing(walk(top), uri)
+        found = [StoredFile(name, size, self.checksum(path) if checksums else "") for name, path, size in files]
         return sorted(found, key=lambda file: file.name)
 
     def read(self, uri: str, *, limit: int = SMALL_FILE_LIMIT) -> bytes:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+import functions_framework
+
 from dispatcher import answers, bootstrap
 from dispatcher.answers import export_request
 from dispatcher.contract import ExportRequest, State, is_export_id, is_job_id
@@ -64,6 +66,14 @@ def export_api(request: "flask.Request") -> Answer:
         ids = request.environ.get(IDS_KEY, {})
         logger.info("%s %s -> %d in %d ms", request.method, request.path, answer[1], milliseconds, extra=ids)
     return answer
+
+
+def _unrouted(_: Exception) -> Answer:
+    """What Flask has no route for, as a path with a line break in it."""
+    return _problem(NotFound("there is no such route", code="route_not_found"))
+
+
+functions_framework.errorhandler(HTTPStatus.NOT_FOUND)(_unrouted)
 
 
 def start_export(cloud_event: "CloudEvent") -> None:
