@@ -10,6 +10,7 @@ import time
 
 from dispatcher.contract import UNFINISHED, ExportRecord, State
 from dispatcher.errors import TooManyExports
+from dispatcher.limits import RETRY_AFTER_SECONDS
 from dispatcher.records import RecordStore
 
 PATIENCE_SECONDS = 5.0
@@ -63,4 +64,5 @@ def is_candidate(record: ExportRecord) -> bool:
 
 def too_many(bound: int) -> TooManyExports:
     """What a caller is told who has reached the bound."""
-    return TooManyExports(f"{bound} exports of yours are unfinished, which is the limit: wait for one to end")
+    message = f"{bound} exports of yours are unfinished, which is the limit: wait for one to end"
+    return TooManyExports(message, headers={"Retry-After": str(RETRY_AFTER_SECONDS[TooManyExports.status])})

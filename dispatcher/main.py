@@ -8,6 +8,7 @@ import base64
 import binascii
 import json
 import logging
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,8 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
-
-import functions_framework
 
 from dispatcher import answers, bootstrap
 from dispatcher.answers import export_request
@@ -64,16 +63,14 @@ def export_api(request: "flask.Request") -> Answer:
             answer = _problem(error)
         milliseconds = round((time.perf_counter() - began) * 1000)
         ids = request.environ.get(IDS_KEY, {})
-        logger.info("%s %s -> %d in %d ms", request.method, request.path, answer[1], milliseconds, extra=ids)
+        method, path = clean(request.method, limit=20), clean(request.path, limit=300)
+        logger.info("%s %s -> %d in %d ms", method, path, answer[1], milliseconds, extra=ids)
     return answer
 
 
 def _unrouted(_: Exception) -> Answer:
     """What Flask has no route for, as a path with a line break in it."""
     return _problem(NotFound("there is no such route", code="route_not_found"))
-
-
-functions_framework.errorhandler(HTTPStatus.NOT_FOUND)(_unrouted)
 
 
 def start_export(cloud_event: "CloudEvent") -> None:
@@ -266,3 +263,15 @@ def _problem(error: Exception) -> Answer:
 
 def _json(document: dict[str, Any], status: int = HTTPStatus.OK, headers: dict[str, str] | None = None) -> Answer:
     return json.dumps(document), status, {**(headers or {}), "Content-Type": "application/json"}
+
+
+def _handle_unrouted() -> None:
+    """functions-framework runs this file in its app's context; whoever else imports it has none, and no Flask."""
+    if "flask" in sys.modules:
+        import flask
+
+        if flask.has_app_context():
+            flask.current_app.register_error_handler(HTTPStatus.NOT_FOUND, _unrouted)
+
+
+_handle_unrouted()

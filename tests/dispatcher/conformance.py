@@ -106,10 +106,13 @@ def run(root: Path, *, examples: int, seconds: int, seed: int = 1) -> Conformanc
             command += ["--max-time", str(seconds), "--report", "json", "--report-json-path", str(report)]
             command += ["--continue-on-failure", "--no-color"]
             done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=seconds + 120)
-        found = json.loads(report.read_text()) if report.exists() else {"failures": [], "errors": [done.stderr]}
+        found: dict[str, Any] = {"failures": [], "errors": [done.stderr]}
+        if report.exists():
+            found = json.loads(report.read_text())
     finally:
         world.close()
-    contradictions = [f"{fault['title']}: {', '.join(map(str, fault['operations']))}" for fault in found["failures"]]
+    faults: list[dict[str, Any]] = found["failures"]
+    contradictions = [f"{fault['title']}: {', '.join(map(str, fault['operations']))}" for fault in faults]
     return Conformance(dict(statuses), contradictions, [str(error) for error in found["errors"]], done.stdout)
 
 
