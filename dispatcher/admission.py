@@ -38,7 +38,7 @@ class Admission:
             TooManyExports: The user has as many as may be.
         """
         if len(self._records.list_exports(user_id=user, states=UNFINISHED, limit=self._bound)) >= self._bound:
-            raise too_many(self._bound)
+            raise self.refusal()
 
     def is_admitted(self, record: ExportRecord) -> bool:
         """Whether a record that was written and not published yet is within the bound; if not, withdraw it."""
@@ -55,14 +55,13 @@ class Admission:
             time.sleep(random.uniform(0, pause))  # noqa: S311  # no secret
             pause = min(2 * pause, _LONGEST_PAUSE)
 
+    def refusal(self) -> TooManyExports:
+        """What a caller is told who has reached the bound."""
+        message = f"{self._bound} exports of yours are unfinished, which is the limit: wait for one to end"
+        return TooManyExports(message, headers={"Retry-After": str(RETRY_AFTER_SECONDS[TooManyExports.status])})
+
 
 def is_candidate(record: ExportRecord) -> bool:
     """Whether nothing has come of a record yet: its message was never sent, no execution was started for it."""
     begun = record.published_at is not None or record.attempt or record.launches
     return record.state is State.QUEUED and not begun
-
-
-def too_many(bound: int) -> TooManyExports:
-    """What a caller is told who has reached the bound."""
-    message = f"{bound} exports of yours are unfinished, which is the limit: wait for one to end"
-    return TooManyExports(message, headers={"Retry-After": str(RETRY_AFTER_SECONDS[TooManyExports.status])})

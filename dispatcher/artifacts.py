@@ -1,19 +1,16 @@
 """Where artifacts lie: create-only files under a root, each with its size and crc32c."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import islice
 from pathlib import Path
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, Self
 from urllib.parse import quote, unquote, urlsplit
 
 from dispatcher.errors import Misconfigured, SourceError
-from dispatcher.limits import MAX_LISTED_FILES
 
 SMALL_FILE_LIMIT = 16 << 20
-Listed = TypeVar("Listed")
 
 
 @dataclass(frozen=True)
@@ -233,22 +230,6 @@ def checked_parts(parts: Sequence[str]) -> list[str]:
 def file_uri(uri: str, name: str) -> str:
     """The URI of a file that was listed under a URI or plain path."""
     return f"{uri.rstrip('/')}/{quote(name) if uri.startswith('file:') else name}"
-
-
-def bounded_listing(files: Iterator[Listed], uri: str) -> list[Listed]:
-    """All of `files`, which were found under a URI.
-
-    Raises:
-        SourceError: There are over `MAX_LISTED_FILES` (`too_many_files`); the rest was not looked at.
-    """
-    found = [*islice(files, MAX_LISTED_FILES + 1)]
-    if len(found) > MAX_LISTED_FILES:
-        raise SourceError(
-            f"there are over {MAX_LISTED_FILES} files under {uri}: expected a folder with the files of one model or"
-            " adapter; does the path end too early?",
-            code="too_many_files",
-        )
-    return found
 
 
 def read_whole(store: ArtifactStore, uri: str, limit: int) -> bytes:

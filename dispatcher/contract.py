@@ -4,7 +4,6 @@ Everything here is frozen; a change is a new copy. How a record may change is `d
 """
 
 import hashlib
-import json
 import re
 from datetime import datetime
 from enum import StrEnum
@@ -22,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from dispatcher.limits import MAX_MESSAGE_LENGTH, MAX_NAME_LENGTH, MAX_PATH_LENGTH, MAX_SUMMARY_BYTES
+from dispatcher.limits import MAX_MESSAGE_LENGTH, MAX_NAME_LENGTH, MAX_PATH_LENGTH, small_summary
 from dispatcher.logs import clean
 
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
@@ -234,17 +233,6 @@ class Failure(Frozen):
     retryable: bool
 
 
-def _small(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary's first entries, as many as have room in a record; `left_out` counts the others."""
-    room, kept = MAX_SUMMARY_BYTES, dict[str, Any]()
-    for name, value in summary.items():
-        room -= len(json.dumps([name, value], default=str))
-        if room < 0:
-            return {**kept, "left_out": len(summary) - len(kept)}
-        kept[name] = value
-    return summary
-
-
 class ExportRecord(Frozen):
     """`exports/{export_id}`: everything known about one export. Changed by compare-and-set on `revision`."""
 
@@ -264,7 +252,7 @@ class ExportRecord(Frozen):
     lease: Lease | None = None
     adapter_fingerprint: str
     artifacts: tuple[Artifact, ...] = ()
-    summary: Annotated[dict[str, Any], AfterValidator(_small)] = {}
+    summary: Annotated[dict[str, Any], AfterValidator(small_summary)] = {}
     """What the manifest says in short: engine, counts of tensors merged and copied, seconds, peak memory."""
     error: Failure | None = None
     token_ref: str | None = None

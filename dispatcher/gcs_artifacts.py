@@ -18,7 +18,6 @@ from dispatcher.artifacts import (
     ArtifactWriter,
     ComposedFile,
     StoredFile,
-    bounded_listing,
     checked_parts,
     checked_path,
     read_whole,
@@ -29,6 +28,7 @@ from dispatcher.gcs_compose import GcsComposer
 from dispatcher.gcs_signing import UrlSigner
 from dispatcher.gcs_upload import CHUNK_BYTES, GcsWriter
 from dispatcher.google_errors import translating
+from dispatcher.limits import bounded_listing
 
 MAX_URL_LIFE = timedelta(hours=12)
 """What IAM signs with, it may have replaced after that."""

@@ -16,7 +16,6 @@ from dispatcher.artifacts import (
     ArtifactWriter,
     ComposedFile,
     StoredFile,
-    bounded_listing,
     byte_view,
     checked_parts,
     checked_path,
@@ -26,6 +25,7 @@ from dispatcher.artifacts import (
 from dispatcher.contract import fingerprint_of
 from dispatcher.crc32c import Crc32c
 from dispatcher.errors import ArtifactConflict, Misconfigured, StorageFull, Unavailable
+from dispatcher.limits import bounded_listing
 from dispatcher.local_files import PARTIAL, LocalReader, is_partial, walk
 
 _BLOCK = 1 << 20

@@ -9,7 +9,7 @@ from enum import Enum, auto
 from typing import Any
 
 from dispatcher import lifecycle
-from dispatcher.admission import Admission, is_candidate, too_many
+from dispatcher.admission import Admission, is_candidate
 from dispatcher.artifacts import ArtifactStore, StoredFile
 from dispatcher.contract import (
     RESULT_FIELD,
@@ -77,7 +77,6 @@ class Service:
         self._runner = runner
         self._tokens = tokens
         self._trigger = trigger
-        self._max_unfinished = max_unfinished_per_user
         self._admission = Admission(records, max_unfinished_per_user)
         self._clock = clock
         self._links = DownloadLinks(artifacts, timedelta(seconds=download_url_seconds), clock)
@@ -219,7 +218,7 @@ class Service:
                 if record.state is not State.QUEUED or not self._trigger.is_overdue(record):
                     return record
                 if is_candidate(record) and not self._admission.is_admitted(record):
-                    raise too_many(self._max_unfinished)  # whoever wrote it withdraws it
+                    raise self._admission.refusal()  # whoever wrote it withdraws it
                 return self._trigger.publish(record, traceparent)
             self._admission.ask(user)
             ref = ref or self._stored_token(request)
@@ -252,7 +251,7 @@ class Service:
                 if ref is not None and withdrawn.token_ref != ref:
                     with _logged("the token is left to its time to live"):
                         self._tokens.delete(ref)
-                raise too_many(self._max_unfinished)
+                raise self._admission.refusal()
         raise _contended(request.export_id)
 
     def _standing(self, record: ExportRecord, fingerprint: str) -> _Standing:
