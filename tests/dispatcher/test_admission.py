@@ -1,5 +1,6 @@
 """A user's unfinished exports are bounded, however many requests come at once."""
 
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,10 +19,17 @@ class Overtaken(SqliteRecords):
     """A store in which others' records are written just before the next queued one: what a race may come to."""
 
     others: tuple[ExportRecord, ...] = ()
+    together: threading.Barrier | None = None
+    """Where all wait for each other before they write their records, and once more after."""
 
     def create_export(self, record: ExportRecord, *, job_result: Mapping[str, str] | None = None) -> bool:
         self._overtake()
-        return super().create_export(record, job_result=job_result)
+        if self.together is not None:
+            self.together.wait(timeout=30)
+        created = super().create_export(record, job_result=job_result)
+        if self.together is not None:
+            self.together.wait(timeout=30)
+        return created
 
     def replace_export(
         self, old: ExportRecord, new: ExportRecord, *, job_result: Mapping[str, str] | None = None
@@ -55,23 +63,33 @@ def overtake(world: World) -> None:
     world.records.others = tuple(unfinished)
 
 
-def test_of_a_crowd_as_many_are_accepted_as_may_be(world: World) -> None:
-    """Not one more, and not one fewer; of the others nothing is published, and no token is kept."""
-    for number in range(60):
-        world.job(f"job{number}")
+def asked_at_once(world: World, number: int) -> int:
+    """How many of so many exports of ann's, each asked for by a thread of its own, were accepted."""
+    for job in range(number):
+        world.job(f"job{job}")
 
-    def ask(number: int) -> bool:
+    def ask(job: int) -> bool:
         try:
-            world.submit(f"job{number}", hf_token="hf_" + "x" * 20)
+            world.submit(f"job{job}", hf_token="hf_" + "x" * 20)
         except TooManyExports:
             return False
         return True
 
-    with ThreadPoolExecutor(30) as pool:
-        accepted = sum(pool.map(ask, range(60)))
+    with ThreadPoolExecutor(number) as pool:
+        return sum(pool.map(ask, range(number)))
+
+
+@pytest.mark.parametrize("counted_before", [True, False])
+def test_of_a_crowd_as_many_are_accepted_as_may_be(world: World, counted_before: bool) -> None:
+    """Not one more, and not one fewer, though all may have counted before any had written; of the others nothing is
+    published, and no token is kept."""
+    assert isinstance(world.records, Overtaken)
+    world.records.together = threading.Barrier(30) if counted_before else None
+    accepted = asked_at_once(world, 30)
     unfinished = world.records.list_exports(states=UNFINISHED)
     assert accepted == len(unfinished) == len(world.queue.held) == BOUND
     refused = world.records.list_exports(states={State.CANCELLED})
+    assert len(refused) == 30 - BOUND or not counted_before
     assert all(record.error and record.error.code == "too_many_exports" for record in refused)
     assert all(record.token_ref is None for record in refused)
     assert len([*(world.home / "tokens").iterdir()]) == BOUND
