@@ -93,7 +93,7 @@ def run(root: Path, *, examples: int, seconds: int, seed: int = 1) -> Conformanc
         examples: At most this many a phase and operation.
         seconds: At most this long; what is under way then is finished.
     """
-    world = World(root / "home", max_unfinished_per_user=12)
+    world = World(root / "home", max_unfinished_per_user=6)
     jobs, exports = _in_every_state(world)
     (root / "openapi.json").write_text(json.dumps(document()))
     try:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from dispatcher.contract import (
 )
 from dispatcher.openapi import document
 from tests.dispatcher.conformance import run
+from tests.dispatcher.server import served
 from tests.dispatcher.test_contract import BAD_JOB_IDS
+from tests.dispatcher.world import World
 
 KINDS = (".adapter", ".merged", ".gguf", ".gguf.q8_0", ".gguf.q9_9", "..merged", ".gguf..q8_0")
 
@@ -115,6 +118,33 @@ def test_no_answer_contradicts_the_document(tmp_path: Path) -> None:
     assert found.faults == 0
     assert found.requests > 200
     assert found.statuses.keys() >= {200, 202, 400, 401, 403, 404, 405, 409}
+
+
+def test_refusals_that_are_hard_to_provoke_are_as_the_document_says(tmp_path: Path) -> None:
+    """413, 429, 500 and 503: a body too large, a user with too many exports, a damaged record, a queue that is down."""
+    world = World(tmp_path, max_unfinished_per_user=1)
+    made = document()
+    for job_id in ("first", "second"):
+        world.job(job_id)
+    with served(world) as http:
+        first = {"job_id": "first", "export_type": "merged"}
+        world.queue.down = True
+        answers = [http.post("/export", json=first)]
+        answers.append(http.post("/export", json={**first, "job_id": "second"}))
+        answers.append(http.post("/export", content=b" " * 65_537))
+        other = sqlite3.connect(tmp_path / "records.db", isolation_level=None)
+        other.execute("UPDATE exports SET document = '{}'")
+        other.close()
+        answers.append(http.get("/exports/first.merged"))
+    assert [answer.status_code for answer in answers] == [503, 429, 413, 500]
+    schema = {"$ref": "#/components/schemas/Problem", "components": made["components"]}
+    for answer in answers:
+        jsonschema_rs.validator_for(schema).validate(answer.json())
+        headers = made["components"]["responses"][str(answer.status_code)].get("headers", {})
+        for name, header in headers.items():
+            assert has_form(answer.headers[name], header["schema"])
+    assert "Retry-After" in answers[0].headers
+    world.close()
 
 
 def test_no_pattern_in_the_document_is_slow() -> None:
