@@ -10,7 +10,7 @@ UNSLOTH_READY := $(UNSLOTH_VENV)/.ready
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: setup demo demo-cloud test test-full test-unsloth matrix lint bench clean
+.PHONY: setup demo demo-cloud test test-full test-unsloth matrix lint bench chaos clean
 
 setup: $(READY)
 
@@ -65,5 +65,8 @@ lint: setup
 bench: setup
 	$(BIN)/python -m tests.bench
 
+chaos: setup
+	$(BIN)/python -m tests.chaos
+
 clean:
-	rm -rf $(VENV) $(UNSLOTH_VENV) .gemma-export .bench
+	rm -rf $(VENV) $(UNSLOTH_VENV) .gemma-export .bench .chaos

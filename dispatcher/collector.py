@@ -146,7 +146,9 @@ class Collector:
     def _is_quiet(self, record: ExportRecord, now: datetime) -> bool:
         """Whether an export ended so long ago that what it left is of no use to anybody."""
         grace = CANCELLED_GRACE if record.state is State.CANCELLED else self._after
-        return record.state not in UNFINISHED and record.updated_at + grace <= now
+        # A request that was taken back changes `updated_at` of an export that had ended long before.
+        ended = record.uncollected_since or record.updated_at
+        return record.state not in UNFINISHED and ended + grace <= now
 
     def _is_waste(self, root: str, version: str, exports: Sequence[ExportRecord]) -> bool:
         """Whether a version that no export names was never published, or was published and has a successor."""

@@ -16,7 +16,7 @@ from dispatcher.artifacts import ArtifactStore, open_artifacts, publish
 from dispatcher.collector import Collector
 from dispatcher.contract import Artifact, ExportRecord, ExportType, State, export_id_of
 from dispatcher.errors import SweepIncomplete, Unavailable
-from dispatcher.lifecycle import Actor, transition
+from dispatcher.lifecycle import Actor, transition, withdrawn
 from dispatcher.published import COLLECTED_PREFIX
 from dispatcher.records import RecordStore, open_records, update
 from tests.buckets import new_bucket
@@ -188,6 +188,17 @@ def test_an_unfinished_quantization_keeps_what_lies_beside_it(stores: Stores) ->
     stores.clock.now += timedelta(hours=1)
     assert stores.collector.collect() == {"collected": 3}
     assert stores.files(root) == stores.whole(NEW)
+
+
+def test_a_request_that_was_taken_back_does_not_put_off_the_collection(embedded: Stores) -> None:
+    """One too many for its user; the record is what it was before, and when it ended has not changed."""
+    embedded.ended(version=NEW)
+    embedded.version(OLD, manifest=manifest())
+    embedded.clock.now += WEEK
+    before = embedded.record()
+    queued = embedded.requeue()
+    assert embedded.records.replace_export(queued, withdrawn(queued, before=before, now=embedded.clock()))
+    assert embedded.collector.collect() == {"collected": 1}
 
 
 def test_quantizations_that_ended_are_collected_together(embedded: Stores) -> None:
