@@ -39,6 +39,7 @@ _NOT_ONE_WEIGHT = {
     "layer_replication": "the model has some of the base's layers several times, each with pairs of its own",
     "alora_invocation_tokens": "its pairs only count after certain tokens, which no weight can say",
     "arrow_config": "which of its pairs counts is decided for each token, which no weight can say",
+    "adapters": "which of several adapters counts is decided for each token, which no weight can say",
     "use_qalora": "its pairs are of groups of inputs, of weights that are stored quantized",
 }
 """Settings whose result is not one weight for each of the base's; PEFT merges some of them wrong."""
