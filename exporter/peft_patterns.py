@@ -48,7 +48,7 @@ def harmless_config(adapter: Path, model: Any) -> Any:
 
     config = PeftConfig.from_pretrained(str(adapter))
     names = [*(name for name, _ in model.named_modules() if name), *EMBEDDINGS]
-    whole = {setting: value for setting in MATCHED if _is_risky(value := getattr(config, setting, None))}
+    whole = {name: str(value) for name in MATCHED if _is_risky(value := getattr(config, name, None))}
     by_end = {
         setting: value
         for setting, value in vars(config).items()
