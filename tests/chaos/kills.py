@@ -164,7 +164,9 @@ class _Killing:
         if dice.random() < 0.5:
             aim = dice.choice(AIMS)
             step = replace(aim.step, skip=dice.randrange(self._shards)) if aim.of_each_shard else aim.step
-            then = [Then(step, signal.SIGKILL, dice.uniform(0, aim.seconds))]
+            # Every other one at the very call: what is not done yet, and what is, are next to each other.
+            after = dice.choice((0.0, dice.uniform(0, aim.seconds)))
+            then = [Then(step, signal.SIGKILL, after)]
             exporter = laptop.start(job_id, execution=job_id, attempt=attempt, then=then)
             exporter.wait(LIMIT_SECONDS)
             exporter.kill()

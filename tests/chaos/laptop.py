@@ -112,9 +112,11 @@ class Laptop:
             command = [sys.executable, "-m", "exporter", job_id]
             return subprocess.Popen(command, env=self.environment(execution, attempt), stdout=log, stderr=log)
 
-    def run(self, job_id: str, *options: str, execution: str, attempt: int = 0) -> int | None:
+    def run(
+        self, job_id: str, *options: str, execution: str, attempt: int = 0, clock_seconds: float = 0.0
+    ) -> int | None:
         """An exporter from beginning to end: its exit status, or None where it hangs."""
-        exporter = self.start(job_id, *options, execution=execution, attempt=attempt)
+        exporter = self.start(job_id, *options, execution=execution, attempt=attempt, clock_seconds=clock_seconds)
         status = exporter.wait(LIMIT_SECONDS)
         exporter.kill()
         return status
