@@ -46,26 +46,6 @@ class ArtifactWriter(Protocol):
     def discard(self) -> None:
         """Remove what was written; harmless after `commit`."""
 
-    def withdraw(self) -> None:
-        """Remove what `commit` published.
-
-        Nothing is removed where `commit` found the same content there already, where it did not learn whether the
-        file is its own, or where another file has the name by now.
-
-        Raises:
-            Unavailable: It cannot be removed.
-        """
-
-
-@dataclass(frozen=True)
-class ComposedFile:
-    """A file that others of the store were put together into."""
-
-    stored: StoredFile
-    """Its `name` is the last part of the path."""
-    withdraw: Callable[[], None]
-    """As `ArtifactWriter.withdraw`."""
-
 
 class ArtifactReader(Protocol):
     """A published file, open: every byte comes from the very file that was there when it was opened."""
@@ -99,8 +79,10 @@ class ArtifactStore(Protocol):
             StorageFull: There is no room for `size` bytes.
         """
 
-    def compose(self, path: str, parts: Sequence[str], *, scratch: str | None = None) -> ComposedFile:
+    def compose(self, path: str, parts: Sequence[str], *, scratch: str | None = None) -> StoredFile:
         """Publish the file that is all of `parts`, in order: paths inside the store, which stay as they are.
+
+        The `name` of what is returned is the last part of the path.
 
         In Cloud Storage no byte of them passes through this process. Size and crc32c of the result are compared with
         those of the parts together.

@@ -16,7 +16,6 @@ from dispatcher.artifacts import (
     SMALL_FILE_LIMIT,
     ArtifactReader,
     ArtifactWriter,
-    ComposedFile,
     StoredFile,
     checked_parts,
     checked_path,
@@ -89,7 +88,7 @@ class GcsArtifacts:
     def create(self, path: str, *, size: int | None = None) -> ArtifactWriter:
         return GcsWriter(self._blob(self._bucket, checked_path(path)), self._retry, self._chunk_bytes)
 
-    def compose(self, path: str, parts: Sequence[str], *, scratch: str | None = None) -> ComposedFile:
+    def compose(self, path: str, parts: Sequence[str], *, scratch: str | None = None) -> StoredFile:
         sources = checked_parts(parts)
         between = checked_path(scratch) if scratch else sources[0].rpartition("/")[0] or "scratch"
         composer = GcsComposer(self._client.bucket(self._bucket), self._retry, self._timeout)
