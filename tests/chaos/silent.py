@@ -28,7 +28,7 @@ class SilentCase:
     server: str
     """`hub`: itself; `storage`: where it sends weights from; `bucket`"""
     request: str
-    """What method and target begin with, or hold"""
+    """A part of their method and target"""
     is_cancelled: bool = False
 
 
@@ -36,7 +36,7 @@ CASES = (
     SilentCase("SIGTERM, the hub tells nothing of the model", "hub", "GET /api/models/"),
     SilentCase("SIGTERM, the hub sends no weights", "storage", "GET /"),
     SilentCase("SIGTERM, the bucket lists nothing", "bucket", "GET /storage/v1/b/bench-bucket/o?"),
-    SilentCase("SIGTERM, the bucket takes no bytes", "bucket", "PUT "),
+    SilentCase("SIGTERM, the bucket takes no files", "bucket", "/upload/storage/"),
     SilentCase("cancelled, the hub sends no weights", "storage", "GET /", is_cancelled=True),
     SilentCase("cancelled, the hub tells nothing of the model", "hub", "GET /api/models/", is_cancelled=True),
 )
