@@ -137,6 +137,16 @@ class Laptop:
             document: dict[str, Any] = json.loads(connection.execute(query, (job_id,)).fetchone()[0])
         return document
 
+    def is_locked(self) -> bool:
+        """Whether somebody is writing to the records, and does not come to the end of it."""
+        with closing(sqlite3.connect(self.home / "records.db", timeout=1.0, isolation_level=None)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("ROLLBACK")
+            except sqlite3.OperationalError:
+                return True
+        return False
+
     def cancel(self, export_id: str) -> None:
         """As its owner does."""
         stack = build(Settings.from_env(self._environment))
