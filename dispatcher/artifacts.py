@@ -110,9 +110,9 @@ class ArtifactStore(Protocol):
         Without `checksums` no file is read for its crc32c, which is empty then, unless the store knows it anyway.
 
         Raises:
-            SourceError: A symbolic link leads out of it (`link_refused`), a name cannot be a file's here
-                (`file_name_invalid`), the bucket, of someone else, may not be read (`source_forbidden`), or it tells
-                no checksum of an object (`checksum_missing`).
+            SourceError: There are over `MAX_LISTED_FILES` (`too_many_files`), a symbolic link leads out of it
+                (`link_refused`), a name cannot be a file's here (`file_name_invalid`), the bucket, of someone else, may
+                not be read (`source_forbidden`), or it tells no checksum of an object (`checksum_missing`).
         """
 
     def read(self, uri: str, *, limit: int = SMALL_FILE_LIMIT) -> bytes:
@@ -172,7 +172,10 @@ def path_of(uri: str) -> Path:
     Raises:
         SourceError: It names something that is not on this machine.
     """
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:  # of an address in brackets that is none
+        raise SourceError(f"{uri!r} is no URI: expected a file:// URI or a path", code="uri_unsupported") from error
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         text = unquote(parts.path)
     elif "://" in uri or parts.scheme == "file":

@@ -27,6 +27,7 @@ from dispatcher.gcs_compose import GcsComposer
 from dispatcher.gcs_signing import UrlSigner
 from dispatcher.gcs_upload import CHUNK_BYTES, GcsWriter
 from dispatcher.google_errors import translating
+from dispatcher.limits import bounded_listing
 
 MAX_URL_LIFE = timedelta(hours=12)
 """What IAM signs with, it may have replaced after that."""
@@ -107,7 +108,7 @@ class GcsArtifacts:
         prefix = f"{name}/" if name else ""
         with self._reading(bucket):
             try:
-                blobs = [*self._listing(bucket, prefix)]
+                blobs = bounded_listing(self._listing(bucket, prefix), uri)
             except api.NotFound:
                 if bucket == self._bucket:
                     raise

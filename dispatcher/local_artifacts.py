@@ -24,6 +24,7 @@ from dispatcher.artifacts import (
 from dispatcher.contract import fingerprint_of
 from dispatcher.crc32c import Crc32c
 from dispatcher.errors import ArtifactConflict, Misconfigured, StorageFull, Unavailable
+from dispatcher.limits import bounded_listing
 from dispatcher.local_files import PARTIAL, LocalReader, is_partial, walk
 
 _BLOCK = 1 << 20
@@ -68,9 +69,10 @@ class LocalArtifacts:
 
     def list(self, uri: str, *, checksums: bool = True) -> list[StoredFile]:
         top = path_of(uri)
-        if not top.is_dir():
+        if not os.path.isdir(top):  # Path.is_dir raises for a name that is too long
             return []
-        found = [StoredFile(name, size, self.checksum(path) if checksums else "") for name, path, size in walk(top)]
+        files = bounded_listing(walk(top), uri)
+        found = [StoredFile(name, size, self.checksum(path) if checksums else "") for name, path, size in files]
         return sorted(found, key=lambda file: file.name)
 
     def read(self, uri: str, *, limit: int = SMALL_FILE_LIMIT) -> bytes:
