@@ -110,15 +110,16 @@ class Work:
         identity, manifest = _settled(self.store, self.job.job_id, wanted)
         directory = _directory(self.job.job_id, identity)
         attempt = Attempt(self.store, directory)
+        if tasks.count == 1 and self.hold.is_ours():
+            # Also beside a manifest: who published that may have been killed before it removed the file's other name.
+            self.store.remove_unpublished(directory)
+            self.store.remove_unpublished(attempt.parts_directory)
         if manifest is not None:
             log.info("found finished, only recording it: %s", directory)
             _drop_parts(attempt)
             return _result(self.store, directory, manifest, {}, identity)
         self.hold.agree(identity.version, instead_of=identity.nonce)
         self.hold.cleared_by(partial(_clear, attempt, self.hold))
-        if tasks.count == 1 and self.hold.is_ours():
-            self.store.remove_unpublished(directory)
-            self.store.remove_unpublished(attempt.parts_directory)
         try:
             made = recipe.make(attempt)
             if made is None:

@@ -126,6 +126,19 @@ def test_a_manifest_without_a_record_is_only_recorded(place: Place) -> None:
     assert {name: (place.root / "artifacts" / name).stat().st_mtime_ns for name in place.files()} == before
 
 
+def test_what_a_killed_attempt_left_beside_its_manifest_goes_when_that_is_recorded(place: Place) -> None:
+    """It had linked the manifest into place, and not yet removed the file's other name."""
+    place.queue()
+    assert place.run() is ExitCode.DONE
+    files = place.files()
+    published = path_of(place.record().artifacts[0].uri)
+    (published / ".export.json.0123456789ab.partial").hardlink_to(published / "export.json")
+    place.requeue()
+    assert place.run() is ExitCode.DONE
+    assert place.record().state is State.COMPLETED
+    assert place.files() == files
+
+
 def test_someone_elses_live_lease_is_respected(place: Place) -> None:
     place.queue()
     place.leased("other", 60)
