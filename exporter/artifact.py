@@ -146,8 +146,7 @@ class Work:
                 run["logits"] = made.logits
             publish_manifest(self.store, directory, manifest, run)
         except BaseException as error:
-            if not _goes_on(error) or self.hold.is_cancelled():
-                _take_back(attempt, self.hold)
+            _take_back(attempt, self.hold, goes_on=_goes_on(error) and not self.hold.is_cancelled())
             if tasks.count > 1 and isinstance(error, ArtifactConflict | VerificationFailed):
                 attempt.spoil()  # no task can tell whether others still count on what is wrong there
             raise
@@ -204,10 +203,13 @@ def _goes_on(error: BaseException) -> bool:
     return isinstance(error, ExportError) and error.retryable and error.error_code != "source_changed"
 
 
-def _take_back(attempt: Attempt, hold: Hold) -> None:
-    """Remove what a failed attempt published; what failed it counts, and not that this fails too."""
+def _take_back(attempt: Attempt, hold: Hold, *, goes_on: bool) -> None:
+    """Remove what a failed attempt published, unless it goes on; what failed it counts, and not that this fails too."""
     try:
-        if not attempt.store.exists(attempt.store.uri(f"{attempt.directory}/{MANIFEST_NAME}")):
+        if attempt.store.exists(attempt.store.uri(f"{attempt.directory}/{MANIFEST_NAME}")):
+            # By somebody else, while this one slept: it may have noted a part since that is nobody's to go on from.
+            _drop_parts(attempt)
+        elif not goes_on:
             attempt.withdraw(hold)
     except ExportError as error:
         log.warning("files stay in %s: %s", attempt.directory, error.message)
@@ -215,7 +217,7 @@ def _take_back(attempt: Attempt, hold: Hold) -> None:
 
 def _clear(attempt: Attempt, hold: Hold) -> None:
     """Remove all that the attempt at a cancelled export wrote, half-written files too, while its work hangs."""
-    _take_back(attempt, hold)
+    _take_back(attempt, hold, goes_on=False)
 
 
 def _drop_parts(attempt: Attempt) -> None:

@@ -308,6 +308,29 @@ def test_an_attempt_that_slept_past_its_lease_takes_nothing_from_its_successor(p
     assert all((merged / file["name"]).stat().st_size == file["bytes"] for file in manifest["files"])
 
 
+def test_an_attempt_that_wakes_after_its_successor_leaves_no_note_of_a_part(place: Place) -> None:
+    """It was asleep between a shard and the note that it is finished, which is its next write."""
+    place.queue()
+    store = Interfering(place.root / "artifacts")
+    successor = replace(place.stores)
+    files: list[str] = []
+
+    def sleep() -> None:
+        if not store.directory.endswith(".parts"):
+            return
+        store.interfere = lambda: None
+        update(place.records, EXPORT, expired)
+        assert run_job(Order(job_id="job-1", execution="successor"), successor, Stop()) is ExitCode.DONE
+        files.extend(place.files())
+        until(lambda: not any(thread.name == "heartbeat" for thread in threading.enumerate()), "the heartbeat")
+
+    store.interfere = sleep
+    place.stores = replace(place.stores, artifacts=store)
+    assert place.run() is ExitCode.DONE
+    assert place.record().execution == "successor"
+    assert place.files() == files
+
+
 def test_a_half_written_version_of_a_live_successor_is_left_alone(place: Place) -> None:
     """As before, but the successor is still at work: it holds the lease, and there is no manifest yet."""
     place.queue()
