@@ -48,7 +48,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._begin(body=False)
 
     def _begin(self, *, body: bool) -> None:
-        self.hub.seen.append(Seen(self.host, self.command, self.path, dict(self.headers.items())))
+        seen = Seen(self.host, self.command, self.path, dict(self.headers.items()))
+        self.hub.seen.append(seen)
+        self.hub.before(seen)
         if self.hub.broken:
             return self._answer(HTTPStatus.SERVICE_UNAVAILABLE)
         return self._respond(unquote(urlsplit(self.path).path), body)

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ class Hub:
     """503 to everything."""
     bytes_per_second: int | None = None
     """Of each connection."""
+    before: Callable[[Seen], object] = lambda seen: None
+    """Called before each request is answered; while it does not return, the hub says nothing."""
     authorizations: set[str | None] = field(default_factory=set)
     """What came to the hub's own port."""
     seen: list[Seen] = field(default_factory=list)
