@@ -42,7 +42,7 @@ class Outcome:
 
 
 def measure(
-    root: Path, console: Console, *, seeds: Sequence[int] = range(SEEDS), workers: int | None = None
+    root: Path, console: Console, *, seeds: Sequence[int] = range(SEEDS), workers: int | None = None, keep: bool = False
 ) -> Outcome:
     """Let every port of a deployment fail, by one seed after another.
 
@@ -51,11 +51,12 @@ def measure(
         console: Told of each seed that something is wrong with.
         seeds: Which.
         workers: How many processes run them: as many as there are cores; 0 is this one.
+        keep: Whether what each left stays.
     """
     models = root / "models"
     make_models(models)
     wanted = undisturbed(root / "undisturbed", models)
-    run = partial(one, root=root, models=models, wanted=wanted)
+    run = partial(one, root=root, models=models, wanted=wanted, keep=keep)
     outcome = Outcome([])
     workers = (os.cpu_count() or 1) if workers is None else workers
     if not workers:
@@ -148,7 +149,7 @@ def main() -> int:
         logging.basicConfig(level=logging.INFO, format="%(relativeCreated)6d %(threadName)s %(name)s: %(message)s")
     with tempfile.TemporaryDirectory() as directory:
         root = (options.keep or Path(directory)).absolute()
-        outcome = measure(root, console, seeds=seeds, workers=0 if options.keep else None)
+        outcome = measure(root, console, seeds=seeds, workers=0 if options.keep else None, keep=bool(options.keep))
     for seen in outcome.seeds if options.seed else ():
         console.print({field.name: getattr(seen, field.name) for field in fields(seen)})
     missed = [row for row in rows(outcome) if not row.good]
