@@ -4,9 +4,11 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 from dispatcher import logs
 from dispatcher.artifacts import ArtifactStore, open_artifacts
+from dispatcher.collector import Collector
 from dispatcher.jobqueue import JobQueue, open_queue
 from dispatcher.lifecycle import LAUNCH_GRACE_SECONDS
 from dispatcher.records import RecordStore, open_records
@@ -32,6 +34,11 @@ class Stack:
     runner: JobRunner
     trigger: Trigger
     service: Service
+
+    @property
+    def collector(self) -> Collector:
+        """What removes older versions and abandoned attempts from these stores."""
+        return Collector(self.records, self.artifacts, after=timedelta(seconds=self.settings.collect_after_seconds))
 
     def close(self) -> None:
         """Let the queue deliver what is due, and release what is open; started executions go on."""

@@ -185,10 +185,24 @@ def serve(port: int, user: str, *, as_json: bool) -> None:
 @main.command()
 @_reported
 def sweep(*, as_json: bool) -> None:
-    """Put right what died: take back dead leases, start again what waits."""
+    """Put right what died: take back dead leases, start again what waits, remove what nobody needs any more."""
+    from dispatcher.errors import SweepIncomplete
+    from dispatcher.sweep import swept
+
     with _stack() as stack:
-        done = stack.trigger.sweep(lost_messages=True)
-    _say(json.dumps(done) if as_json else ", ".join(f"{number} {what}" for what, number in done.items()))
+        # What waited in an embedded queue was lost with the process that had it; a topic keeps its messages.
+        lost = stack.settings.queue_url == "inline:"
+        try:
+            done = swept(stack.trigger, stack.collector, lost_messages=lost)
+        except SweepIncomplete as error:
+            if not as_json:
+                _say(_told(error.done))
+            raise
+    _say(json.dumps(done) if as_json else _told(done))
+
+
+def _told(done: dict[str, int]) -> str:
+    return ", ".join(f"{number} {what}" for what, number in done.items())
 
 
 @main.command()

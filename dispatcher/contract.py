@@ -230,6 +230,10 @@ class ExportRecord(Frozen):
     created_at: datetime
     updated_at: datetime
     published_at: datetime | None = None
+    publications: int = 0
+    """Messages sent in a row of which none was delivered."""
+    uncollected_since: datetime | None = None
+    """When it ended, until what earlier versions and attempts left was removed (`dispatcher.collector`)."""
 
     @property
     def path(self) -> str | None:

@@ -134,6 +134,26 @@ class Unavailable(ExportError):
     retryable = True
 
 
+class SweepIncomplete(Unavailable):
+    """A sweep tended all that it could, and something did not get through: the next sweep tries that again.
+
+    Args:
+        missed: What did not get through, and why; the first few are enough.
+        done: How often the sweep did what, that apart.
+    """
+
+    code = "sweep_incomplete"
+
+    def __init__(self, missed: list[str], done: dict[str, int]) -> None:
+        shown = "; ".join(missed[:3]) + ("; …" if len(missed) > 3 else "")
+        super().__init__(f"{len(missed)} things are left to the next sweep: {shown}")
+        self.missed = missed
+        self.done = done
+
+    def problem(self) -> dict[str, Any]:
+        return {**super().problem(), "done": self.done}
+
+
 class LaunchInDoubt(Unavailable):
     """The runner was asked to start an execution and nobody knows whether it did.
 

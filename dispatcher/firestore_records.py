@@ -5,6 +5,7 @@ Every change is one write with a precondition, so there are no locks to wait for
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from datetime import datetime
 from typing import Any
 
 from google.api_core import exceptions as api
@@ -100,6 +101,7 @@ class FirestoreRecords:
         states: Collection[State] | None = None,
         limit: int = 100,
         after: str | None = None,
+        strict: bool = False,
     ) -> list[ExportRecord]:
         if states is not None and not states:
             return []  # which Firestore refuses as a filter
@@ -114,17 +116,24 @@ class FirestoreRecords:
             page = query.limit(number)
             if after is not None:
                 page = page.start_after({"__name__": self._exports.document(after)})
-            with translating(self._name):
-                try:
-                    return [(found.id, found) for found in page.get(retry=_retry(), timeout=CALL_SECONDS)]
-                except ValueError:
-                    # The client cannot decode one of them, and gives none: each is read by itself then.
-                    ids = page.select(["revision"]).get(retry=_retry(), timeout=CALL_SECONDS)
-                    return [(found.id, None) for found in ids]
+            return [(found.id, whole) for found, whole in self._page(page, "revision")]
 
-        return readable_page(
-            fetch, lambda export_id, found: _there(self._record(export_id, found)), limit=limit, after=after
-        )
+        return readable_page(fetch, self._listed, limit=limit, after=after, strict=strict)
+
+    def list_uncollected(self, states: Collection[State], *, until: datetime, limit: int = 100) -> list[ExportRecord]:
+        query = self._exports.where(filter=FieldFilter("state", "in", sorted(states)))
+        query = query.where(filter=FieldFilter("uncollected_since", "<=", until))
+        query = query.order_by("uncollected_since").order_by("__name__")
+        last: Snapshot | None = None
+
+        def fetch(after: str | None, number: int) -> list[tuple[str, Snapshot | None]]:
+            nonlocal last
+            page = query.limit(number)
+            rows = self._page(page if last is None else page.start_after(last), "uncollected_since")
+            last = rows[-1][0] if rows else last
+            return [(found.id, whole) for found, whole in rows]
+
+        return readable_page(fetch, self._listed, limit=limit)
 
     def close(self) -> None:
         self._client.close()
@@ -132,6 +141,22 @@ class FirestoreRecords:
     def _read(self, place: firestore.DocumentReference, fields: Collection[str] | None = None) -> Snapshot:
         with translating(self._name):
             return place.get(field_paths=fields, retry=_retry(), timeout=CALL_SECONDS)
+
+    def _page(self, page: firestore.Query, field: str) -> list[tuple[Snapshot, Snapshot | None]]:
+        """Of each document that a query finds `field` at least, and all of it, or None where it must be read alone."""
+        with translating(self._name):
+            try:
+                return [(found, found) for found in page.get(retry=_retry(), timeout=CALL_SECONDS)]
+            except ValueError:
+                # The client cannot decode one of them, and gives none.
+                found = page.select([field]).get(retry=_retry(), timeout=CALL_SECONDS)
+                return [(each, None) for each in found]
+
+    def _listed(self, export_id: str, found: Snapshot | None) -> ExportRecord:
+        record = self._record(export_id, found)
+        if record is None:
+            raise ExportError("it was deleted while it was listed", code="export_not_found")
+        return record
 
     def _record(self, export_id: str, found: Snapshot | None) -> ExportRecord | None:
         """The record in a document, which is read now if it was not yet."""
@@ -191,12 +216,6 @@ class FirestoreRecords:
         except _LOST:
             return bool(unanswered) and is_there()
         return True
-
-
-def _there(record: ExportRecord | None) -> ExportRecord:
-    if record is None:
-        raise ExportError("it was deleted while it was listed", code="export_not_found")
-    return record
 
 
 def _retry(on_error: Callable[[Exception], object] | None = None) -> Retry:

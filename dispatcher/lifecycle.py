@@ -24,6 +24,8 @@ Q, S, R = State.QUEUED, State.STARTING, State.RUNNING
 DONE, FAILED, CANCELLED = State.COMPLETED, State.FAILED, State.CANCELLED
 LAUNCH_GRACE_SECONDS = 900
 """How long a task on Cloud Run may wait for a GPU, or for a place under a quota, before it counts as lost."""
+MAX_PUBLICATIONS = 12
+"""Messages of one export that may go out with none delivered; at one every five minutes, that is an hour."""
 
 
 class Actor(StrEnum):
@@ -49,7 +51,7 @@ MOVES: dict[tuple[State, State], frozenset[Actor]] = {
     (R, Q): frozenset({Actor.EXPORTER, Actor.SWEEP}),
     (R, DONE): frozenset({Actor.EXPORTER}),
     (R, FAILED): frozenset({Actor.EXPORTER, Actor.SWEEP}),
-    (Q, FAILED): frozenset({Actor.DEAD_LETTER}),
+    (Q, FAILED): frozenset({Actor.DEAD_LETTER, Actor.SWEEP}),
     (S, FAILED): frozenset({Actor.DEAD_LETTER, Actor.SWEEP}),
     (Q, CANCELLED): _ASKERS,
     (S, CANCELLED): _ASKERS,
@@ -110,7 +112,8 @@ def transition(
             raise LeaseLost(f"{name} is no longer held by lease {holding}: stop without writing")
     elif by in (Actor.SWEEP, Actor.DEAD_LETTER) and (live or (by is Actor.DEAD_LETTER and record.execution)):
         raise LeaseHeld(f"{name} is {record.state} and being worked on: left alone")
-    effects = {**_effects(record, to, by), "lease": lease, **changes}
+    ended = now if to in (DONE, FAILED, CANCELLED) else None
+    effects = {**_effects(record, to, by), "lease": lease, "uncollected_since": ended, **changes}
     return changed(record, now, state=to, **effects)
 
 
@@ -121,15 +124,15 @@ def _effects(record: ExportRecord, to: State, by: Actor) -> dict[str, Any]:
         if by is not Actor.TRIGGER:  # whose message is not acknowledged, and so comes again
             anew["published_at"] = None
         if record.state not in (S, R):
-            anew |= {"error": None, "artifacts": (), "summary": {}, "attempt": 0, "launches": 0}
+            anew |= {"error": None, "artifacts": (), "summary": {}, "attempt": 0, "launches": 0, "publications": 0}
         elif record.state is S and by is Actor.TRIGGER:
             anew["launches"] = max(record.launches - 1, 0)  # the runner refused: nothing was started
         return anew
     if to is R:
-        claimed = {"attempt": record.attempt + 1, "launches": 0}
+        claimed = {"attempt": record.attempt + 1, "launches": 0, "publications": 0}
         return claimed | {"stage": "claimed", "progress": 0.0, "error": None, "version": None}
     if to is S:
-        return {"execution": None, "log_uri": None, "launches": record.launches + 1}
+        return {"execution": None, "log_uri": None, "launches": record.launches + 1, "publications": 0}
     if to is DONE:
         return {"stage": None, "progress": 1.0, "error": None, "token_ref": None}
     return {"stage": None}
@@ -223,9 +226,30 @@ def reclaimed(
     return transition(record, Q, by=Actor.SWEEP, now=now)
 
 
+def undelivered(record: ExportRecord, *, now: datetime) -> ExportRecord | None:
+    """The record given up because none of its messages was ever delivered; None while another may be sent.
+
+    A message that is delivered after all runs it again, as it does any failure that a retry can mend.
+    """
+    if record.state is not Q or record.publications < MAX_PUBLICATIONS:
+        return None
+    message = (
+        f"{record.publications} messages were sent and none was delivered: does the queue's subscription exist, and "
+        "may it call start_export? Then ask again"
+    )
+    error = Failure(code="not_delivered", message=message, retryable=True)
+    return failed(record, by=Actor.SWEEP, error=error, now=now)
+
+
+def collected(record: ExportRecord) -> ExportRecord:
+    """The record of an export of which nothing is left to collect; `updated_at` still says when it ended."""
+    return changed(record, record.updated_at, uncollected_since=None)
+
+
 def noted(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:
     """The record with a fact about it written down (`published_at`, `execution`, `log_uri`, `token_ref`)."""
-    unknown = changes.keys() - {"published_at", "execution", "log_uri", "token_ref", "force_nonce"}
+    facts = {"published_at", "publications", "execution", "log_uri", "token_ref", "force_nonce"}
+    unknown = changes.keys() - facts
     if unknown:
         raise IllegalTransition(f"{sorted(unknown)} are not facts to note; use a transition")
     return changed(record, now, **changes)

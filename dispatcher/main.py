@@ -1,5 +1,5 @@
 """The functions-framework targets: `export_api` answers HTTP, `start_export` takes the queue's messages, `fail_export`
-its dead letters.
+its dead letters; `sweep` is called by Cloud Scheduler.
 
 An `http` target is called for every path and method, so this file routes and refuses by itself.
 """
@@ -30,6 +30,7 @@ from dispatcher.errors import (
 from dispatcher.identity import caller
 from dispatcher.logs import bound, clean, traceparent_of
 from dispatcher.service import Service
+from dispatcher.sweep import swept
 
 if TYPE_CHECKING:
     import flask
@@ -45,7 +46,7 @@ LOCAL_USER_KEY = "gemma_export.local_user"
 """WSGI environ key that `gemma-export serve` sets; no HTTP header can."""
 
 IDS_KEY = "gemma_export.ids"
-"""WSGI environ key for what a request turned out to be about."""
+"""WSGI environ key for what a request turned out to be about, which is logged with it."""
 
 Answer = tuple[str | Iterator[str], int, dict[str, str]]
 Handler = Callable[["flask.Request", str], Answer]
@@ -53,10 +54,27 @@ Handler = Callable[["flask.Request", str], Answer]
 
 def export_api(request: "flask.Request") -> Answer:
     """Answer one HTTP request; every fault becomes a problem document (RFC 9457)."""
+    return _answered(request, _routed)
+
+
+def sweep(request: "flask.Request") -> Answer:
+    """Sweep once, for Cloud Scheduler, which is to POST here every five minutes; see `dispatcher.sweep`.
+
+    Nothing in the request is read, and there is no user: only Scheduler's service account may be allowed to invoke this
+    function (`roles/run.invoker`).
+
+    Returns:
+        200 and how often what was done; 503 and a problem document, which says that too in `done`, where something did
+        not get through.
+    """
+    return _answered(request, _swept)
+
+
+def _answered(request: "flask.Request", handler: Callable[["flask.Request"], Answer]) -> Answer:
     began = time.perf_counter()
     with bound(traceparent=traceparent_of(request.headers.get("traceparent"))):
         try:
-            answer = _routed(request)
+            answer = handler(request)
         except ExportError as error:
             answer = _problem(error)
         except Exception as error:  # noqa: BLE001  # the entry point: nothing may end without an answer
@@ -140,6 +158,15 @@ def _route(path: str) -> tuple[dict[str, Handler], str]:
         case ["exports", export_id, "cancel"] if export_id:
             return {"POST": _cancel}, export_id
     raise NotFound(f"there is no route {clean(path, limit=200)}", code="route_not_found")
+
+
+def _swept(request: "flask.Request") -> Answer:
+    if request.method != "POST":
+        message = f"a sweep is asked for with POST, not {clean(request.method, limit=20)}"
+        raise MethodNotAllowed(message, headers={"Allow": "POST"})
+    stack = bootstrap.current()
+    request.environ[IDS_KEY] = done = swept(stack.trigger, stack.collector)
+    return _json(done)
 
 
 def _health(request: "flask.Request", _: str) -> Answer:

@@ -1,11 +1,22 @@
-"""Whether what was published is still there, told by what a listing says: no weights are read."""
+"""Where versions lie, and whether what was published is still there, told by what a listing says: no weights are read.
+
+`{root}/{job_id}/{version}/` is a version, which is published once `MANIFEST_NAME` is in it; beside it lies
+`{version}.parts/`, what attempts at it share.
+"""
 
 from collections.abc import Iterable
 
 import pydantic
 
-from dispatcher.artifacts import ArtifactStore, StoredFile
+from dispatcher.artifacts import ArtifactStore, StoredFile, publish
+from dispatcher.contract import ExportType
 from dispatcher.errors import SourceError
+
+ROOTS = {ExportType.MERGED: "merged_models", ExportType.GGUF: "gguf_models"}
+MANIFEST_NAME = "export.json"
+PARTS_SUFFIX = ".parts"
+SPOILT_NAME = "spoilt"
+"""In `{version}.parts/`: this version is never made, and never found finished, again."""
 
 
 class _File(pydantic.BaseModel):
@@ -18,6 +29,20 @@ class _Manifest(pydantic.BaseModel):
     """What we read of `export.json`; the rest of it is for people and for the exporter."""
 
     files: list[_File]
+
+
+def is_spoilt(artifacts: ArtifactStore, version: str) -> bool:
+    """Whether the version at a path is passed over for good: what lies there is, or will be, not what belongs there."""
+    return artifacts.exists(artifacts.uri(f"{version}{PARTS_SUFFIX}/{SPOILT_NAME}"))
+
+
+def spoil(artifacts: ArtifactStore, version: str) -> None:
+    """Say to all who may make or find the version at a path that they take another; again is no harm.
+
+    Raises:
+        ExportError: It cannot be written.
+    """
+    publish(artifacts, f"{version}{PARTS_SUFFIX}/{SPOILT_NAME}", lambda writer: writer.write(b"spoilt\n"))
 
 
 def listed_files(artifacts: ArtifactStore, manifest: str) -> list[StoredFile]:

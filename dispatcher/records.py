@@ -5,6 +5,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -66,10 +67,20 @@ class RecordStore(Protocol):
         states: Collection[State] | None = None,
         limit: int = 100,
         after: str | None = None,
+        strict: bool = False,
     ) -> list[ExportRecord]:
         """At most `limit` records ordered by export id, those after the id `after`.
 
         One that cannot be read is left out and logged as an error: it must not stop the sweep of all others.
+
+        Raises:
+            ExportError: `strict`, and one cannot be read (`record_invalid`).
+        """
+
+    def list_uncollected(self, states: Collection[State], *, until: datetime, limit: int = 100) -> list[ExportRecord]:
+        """At most `limit` records in one of `states` whose `uncollected_since` is `until` or before, the oldest first.
+
+        One that cannot be read is left out and logged as an error.
         """
 
     def close(self) -> None:
@@ -119,15 +130,17 @@ def readable_page(
     read: Callable[[str, Stored], ExportRecord],
     *,
     limit: int,
-    after: str | None,
+    after: str | None = None,
+    strict: bool = False,
 ) -> list[ExportRecord]:
-    """A page of `list_exports`: what can be read of what `fetch` finds.
+    """A page of a listing: what can be read of what `fetch` finds.
 
     Args:
-        fetch: Given an id and a number, that many stored documents with an id greater than that, by id.
+        fetch: Given an id and a number, that many stored documents that come after that id.
         read: Raises an ExportError for what cannot be read.
         limit: The most records to return.
         after: The id that the page begins after.
+        strict: Whether what cannot be read is raised, instead of left out.
     """
     found: list[ExportRecord] = []
     # A page that holds unreadable documents is filled up: to whoever turns pages, a short one is the last.
@@ -138,6 +151,8 @@ def readable_page(
             try:
                 found.append(read(export_id, document))
             except ExportError as error:
+                if strict:
+                    raise
                 logger.error("export %s is left out of a listing: %s", export_id, error)
         if len(rows) < missing:
             break

@@ -13,6 +13,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 from dispatcher import bootstrap, main
 from dispatcher.errors import ExportError, Misconfigured
+from dispatcher.sweep import swept
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -108,7 +109,7 @@ def serve(stack: bootstrap.Stack, *, user: str, port: int, listening: Callable[[
 
 def _sweep(stack: bootstrap.Stack, *, lost_messages: bool = False) -> None:
     try:
-        done = stack.trigger.sweep(lost_messages=lost_messages)
+        done = swept(stack.trigger, stack.collector, lost_messages=lost_messages)
     except ExportError as error:
         logger.warning("the sweep did not get through, the next one may: %s", error)
     else:

@@ -61,6 +61,9 @@ class Settings:
     """Whether a merged model's logits are compared, where the memory budget holds the model"""
     token_ttl_seconds: int = 7 * 24 * 3600
     """At least as long as the queue keeps a message, or a replayed message would find its token gone."""
+    collect_after_seconds: int = 7 * 24 * 3600
+    """How long older versions and abandoned attempts are kept after an export ended; at least as long as a download URL
+    may be good, which can have been signed a moment before the newer version was published."""
     download_url_seconds: int = 3600
     signing_account: str | None = None
     """The service account that signs download URLs; None is the one that the process runs as."""
@@ -113,6 +116,9 @@ class Settings:
             base_cache=_choice(env, "BASE_CACHE", "auto", ("auto", "never")) == "auto",
             verify_logits=_choice(env, "VERIFY_LOGITS", "auto", ("auto", "never")) == "auto",
             token_ttl_seconds=_number(env, "TOKEN_TTL_SECONDS", cls.token_ttl_seconds, at_least=60),
+            collect_after_seconds=_number(
+                env, "COLLECT_AFTER_SECONDS", cls.collect_after_seconds, at_least=MAX_DOWNLOAD_URL_SECONDS
+            ),
             download_url_seconds=_number(
                 env, "DOWNLOAD_URL_SECONDS", cls.download_url_seconds, at_least=1, at_most=MAX_DOWNLOAD_URL_SECONDS
             ),
@@ -150,6 +156,7 @@ class Settings:
             "BASE_CACHE": "auto" if self.base_cache else "never",
             "VERIFY_LOGITS": "auto" if self.verify_logits else "never",
             "TOKEN_TTL_SECONDS": str(self.token_ttl_seconds),
+            "COLLECT_AFTER_SECONDS": str(self.collect_after_seconds),
         }
         if self.project_id:
             environment |= {"PROJECT_ID": self.project_id, "GCS_EXPORT_BUCKET_NAME": self.bucket}

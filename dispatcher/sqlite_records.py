@@ -5,6 +5,7 @@ import sqlite3
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ CREATE INDEX IF NOT EXISTS exports_by_job ON exports (job_id);
 # Documents are read as bytes: what is not even UTF-8 is then one damaged document, not a failed query.
 _SELECT_JOB = "SELECT CAST(document AS BLOB) FROM training_jobs WHERE job_id = ?"
 _SELECT_EXPORT = "SELECT CAST(document AS BLOB) FROM exports WHERE export_id = ?"
+_SELECT_UNCOLLECTED = """
+WITH ended AS MATERIALIZED (
+    SELECT export_id, document, CASE WHEN json_valid(document)
+        THEN julianday(json_extract(document, '$.uncollected_since')) END AS since
+    FROM exports WHERE state IN (SELECT value FROM json_each(:states))
+)
+SELECT export_id, CAST(document AS BLOB) FROM ended
+WHERE since <= julianday(:until) AND (:after IS NULL OR (since, export_id) > (
+    SELECT since, export_id FROM ended WHERE export_id = :after
+)) ORDER BY since, export_id LIMIT :limit
+"""
 
 
 class SqliteRecords:
@@ -87,6 +99,7 @@ class SqliteRecords:
         states: Collection[State] | None = None,
         limit: int = 100,
         after: str | None = None,
+        strict: bool = False,
     ) -> list[ExportRecord]:
         query = (
             "SELECT export_id, CAST(document AS BLOB) FROM exports WHERE (:user IS NULL OR user_id = :user) "
@@ -101,7 +114,20 @@ class SqliteRecords:
             with self._connection() as connection:
                 return connection.execute(query, values).fetchall()
 
-        return readable_page(fetch, _record, limit=limit, after=after)
+        return readable_page(fetch, _record, limit=limit, after=after, strict=strict)
+
+    def list_uncollected(self, states: Collection[State], *, until: datetime, limit: int = 100) -> list[ExportRecord]:
+        def fetch(after: str | None, number: int) -> list[tuple[str, bytes]]:
+            values = {
+                "states": json.dumps(sorted(states)),
+                "until": until.isoformat(),
+                "after": after,
+                "limit": number,
+            }
+            with self._connection() as connection:
+                return connection.execute(_SELECT_UNCOLLECTED, values).fetchall()
+
+        return readable_page(fetch, _record, limit=limit)
 
     def close(self) -> None:
         """Close the idle connections; those in use are closed when they come back."""

@@ -3,17 +3,15 @@
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-
-import pydantic
 
 from dispatcher import lifecycle
 from dispatcher.contract import UNFINISHED, ExportRecord, Failure, JobMessage, Lease, State
-from dispatcher.errors import ExportError, LaunchInDoubt, SourceError, Unavailable
+from dispatcher.errors import ExportError, LaunchInDoubt, SourceError, SweepIncomplete, Unavailable
 from dispatcher.jobqueue import JobQueue
 from dispatcher.lifecycle import Actor, transition
 from dispatcher.logs import bound, traceparent_of
+from dispatcher.messages import LAUNCHING, read_message, refusals_logged
 from dispatcher.records import RecordStore, every_export, update
 from dispatcher.runner import JobRunner
 from dispatcher.tasks import task_count
@@ -21,7 +19,8 @@ from dispatcher.tasks import task_count
 logger = logging.getLogger(__name__)
 
 REPUBLISH_AFTER = timedelta(minutes=5)
-LAUNCHING = "launch_in_progress"
+OUTAGE = 10
+"""Exports in a row that a sweep cannot tend, each perhaps after seconds, until it takes the queue for gone."""
 RACES = 50
 """How often a compare-and-set may be lost to others before we say so."""
 
@@ -63,9 +62,9 @@ class Trigger:
         Raises:
             ExportError: Deliver it again.
         """
-        message = _read(body, message_id)
+        message = read_message(body, message_id)
         if message is not None:
-            with bound(job_id=message.job_id, export_id=message.export_id), _refusals_logged():
+            with bound(job_id=message.job_id, export_id=message.export_id), refusals_logged():
                 self.start(message, traceparent=traceparent_of(attributes.get("traceparent")))
 
     def deliver_dead(self, body: bytes, *, message_id: str | None = None) -> None:
@@ -74,9 +73,9 @@ class Trigger:
         Raises:
             ExportError: Deliver it again.
         """
-        message = _read(body, message_id)
+        message = read_message(body, message_id)
         if message is not None:
-            with bound(job_id=message.job_id, export_id=message.export_id), _refusals_logged():
+            with bound(job_id=message.job_id, export_id=message.export_id), refusals_logged():
                 try:
                     self.give_up(message)
                 except ExportError as error:
@@ -146,21 +145,38 @@ class Trigger:
     def sweep(self, *, lost_messages: bool = False) -> dict[str, int]:
         """Put right what died: requeue or fail dead leases, publish again what waits for too long.
 
+        An export that cannot be tended does not keep the others from it.
+
         Args:
             lost_messages: The queue forgot all it held, as the in-process one does when its process ends:
                 publish everything that waits, however recent.
+
+        Raises:
+            SweepIncomplete: Some did not get through; after several in a row, the rest was not tried.
+            Unavailable: The record store tells no exports.
         """
         done = {"requeued": 0, "failed": 0, "published": 0}
+        missed, in_a_row = list[str](), 0
         for record in every_export(self._records, UNFINISHED):
-            for name in self._tended(record, lost_messages=lost_messages):
-                done[name] += 1
+            try:
+                for name in self._tended(record, lost_messages=lost_messages):
+                    done[name] += 1
+                    in_a_row = 0
+            except ExportError as error:
+                logger.warning("export %s is left to the next sweep: %s", record.export_id, error.message)
+                missed.append(f"{record.export_id}: {error.message}")
+                in_a_row += 1
+            if in_a_row == OUTAGE:
+                break
+        if missed:
+            raise SweepIncomplete(missed, done)
         return done
 
     def nudge(self, export_id: str) -> None:
         """`sweep(lost_messages=True)` for one export."""
         record = self._records.get_export(export_id)
         if record is not None and record.state in UNFINISHED:
-            self._tended(record, lost_messages=True)
+            list(self._tended(record, lost_messages=True))
 
     def publish(self, record: ExportRecord, traceparent: str | None = None) -> ExportRecord:
         """Send the export's message and note when; the record as it is then.
@@ -178,8 +194,9 @@ class Trigger:
 
         def dated(current: ExportRecord) -> ExportRecord | None:
             now = self._clock()
-            waits = current.state is State.QUEUED
-            return lifecycle.noted(current, now, published_at=now) if waits else None
+            if current.state is not State.QUEUED:
+                return None
+            return lifecycle.noted(current, now, published_at=now, publications=current.publications + 1)
 
         return update(self._records, record.export_id, dated)
 
@@ -219,8 +236,8 @@ class Trigger:
             environment["TRACEPARENT"] = traceparent
 
         def is_ours(current: ExportRecord) -> bool:
-            held = current.state is State.STARTING and current.lease is not None
-            return held and current.lease is not None and current.lease.lease_id == lease_id
+            held = current.lease.lease_id if current.lease else None
+            return current.state is State.STARTING and held == lease_id
 
         def given_back(current: ExportRecord) -> ExportRecord | None:
             if not is_ours(current):
@@ -239,8 +256,7 @@ class Trigger:
             # An exporter that claimed it first knows its own name, but not where its log lies.
             if not is_ours(current) and current.execution != execution.name:
                 return None
-            facts = {"execution": execution.name, "log_uri": execution.log_uri}
-            return lifecycle.noted(current, self._clock(), **facts)
+            return lifecycle.noted(current, self._clock(), execution=execution.name, log_uri=execution.log_uri)
 
         update(self._records, record.export_id, launched)
         logger.info("an execution was started", extra={"execution": execution.name})
@@ -253,41 +269,27 @@ class Trigger:
         except SourceError:
             return 1  # enough for the execution to say what is wrong with the document
 
-    def _tended(self, record: ExportRecord, *, lost_messages: bool) -> list[str]:
-        """What was done for an unfinished record; see `sweep`."""
+    def _tended(self, record: ExportRecord, *, lost_messages: bool) -> Iterator[str]:
+        """Does what an unfinished record needs, and says each thing when it is done; see `sweep`."""
+        overdue = record.state is State.QUEUED and self.is_overdue(record)
         back = self.reclaimed(record)
+        if back is None and overdue and not lost_messages:
+            back = lifecycle.undelivered(record, now=self._clock())
         if back is not None:
             if not self._records.replace_export(record, back):
-                return []
+                return
             if back.state is State.FAILED:
-                return ["failed"]
+                logger.error("export %s was given up: %s", back.export_id, back.error and back.error.message)
+                yield "failed"
+                return
+            yield "requeued"
             self.publish(back)
-            return ["requeued", "published"]
+            yield "published"
+            return
         waits = record.state is State.QUEUED or (record.state is State.STARTING and record.execution is None)
-        if waits and (lost_messages or (record.state is State.QUEUED and self.is_overdue(record))):
+        if overdue or (waits and lost_messages):
             self.publish(record)
-            return ["published"]
-        return []
-
-
-def _read(body: bytes, message_id: str | None) -> JobMessage | None:
-    try:
-        return JobMessage.model_validate_json(body)
-    except (pydantic.ValidationError, RecursionError):
-        # No delivery will ever read better; refusing it would only bring it back until it is dead.
-        logger.error("a message that is no JobMessage was dropped", extra={"message_id": message_id})
-        return None
-
-
-@contextmanager
-def _refusals_logged() -> Iterator[None]:
-    """One line for an error that asks for another delivery; while a launch is under way that is nothing unusual."""
-    try:
-        yield
-    except ExportError as error:
-        level = logging.INFO if error.error_code == LAUNCHING else logging.WARNING
-        logger.log(level, "not acknowledged: %s", error.message, extra={"code": error.error_code})
-        raise
+            yield "published"
 
 
 def _launching(record: ExportRecord) -> Unavailable:

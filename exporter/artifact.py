@@ -11,12 +11,12 @@ from typing import Any
 from dispatcher.artifacts import ArtifactStore, StoredFile, file_uri
 from dispatcher.contract import Artifact, ExportRecord, ExportType, TrainingJob, fingerprint_of
 from dispatcher.errors import ArtifactConflict, ExportError, VerificationFailed
+from dispatcher.published import MANIFEST_NAME, ROOTS
 from exporter.attempt import Attempt
 from exporter.byte_source import changed
 from exporter.lease import Hold
 from exporter.making import Made
 from exporter.manifest import (
-    MANIFEST_NAME,
     History,
     Identity,
     manifest_of,
@@ -32,7 +32,6 @@ from exporter.verify import vanished
 log = logging.getLogger(__name__)
 PROJECTOR_PREFIX = "mmproj-"
 """How llama.cpp's tools know a projector's file."""
-ROOTS = {ExportType.MERGED: "merged_models", ExportType.GGUF: "gguf_models"}
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ from functools import partial
 
 from dispatcher.artifacts import ArtifactStore, ArtifactWriter, StoredFile, publish
 from dispatcher.errors import NotFound, Unavailable
+from dispatcher.published import PARTS_SUFFIX, is_spoilt, spoil
 from exporter.lease import Hold
-
-SPOILT_NAME = "spoilt"
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Attempt:
     def __init__(self, store: ArtifactStore, directory: str) -> None:
         self.store = store
         self.directory = directory
-        self.parts_directory = f"{directory}.parts"
+        self.parts_directory = f"{directory}{PARTS_SUFFIX}"
         """Beside it: what other attempts can go on from, until the version is published"""
         self._published: list[_Published] = []
 
@@ -94,7 +93,7 @@ class Attempt:
     @property
     def is_spoilt(self) -> bool:
         """Whether some attempt found that what lies there is not what belongs there."""
-        return self.store.exists(self.store.uri(f"{self.parts_directory}/{SPOILT_NAME}"))
+        return is_spoilt(self.store, self.directory)
 
     def spoil(self) -> None:
         """Say to all attempts and tasks that this version cannot be made any more: that they make another.
@@ -102,7 +101,7 @@ class Attempt:
         Raises:
             ExportError: It cannot be written.
         """
-        publish(self.store, f"{self.parts_directory}/{SPOILT_NAME}", lambda writer: writer.write(b"spoilt\n"))
+        spoil(self.store, self.directory)
 
     def take_over(self, path: str) -> None:
         """Go on from a file that another attempt left: it is this one's to remove now."""

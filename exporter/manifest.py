@@ -15,9 +15,8 @@ import pydantic
 
 from dispatcher.artifacts import ArtifactStore, StoredFile, publish
 from dispatcher.errors import ArtifactConflict, SourceError, VerificationFailed
-from dispatcher.published import are_there
+from dispatcher.published import MANIFEST_NAME, are_there
 
-MANIFEST_NAME = "export.json"
 FORMAT_VERSION = 1
 LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 

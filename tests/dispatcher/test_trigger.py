@@ -2,12 +2,13 @@
 
 import sqlite3
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from dispatcher.contract import JobMessage, State
-from dispatcher.errors import LaunchInDoubt, Unavailable
+from dispatcher.errors import LaunchInDoubt, SweepIncomplete, Unavailable
 from tests.dispatcher.world import World
 
 MESSAGE = JobMessage(job_id="job", export_id="job.merged")
@@ -359,3 +360,135 @@ def test_a_rescan_publishes_what_the_last_process_had_in_its_queue(world: World)
     assert world.trigger.sweep(lost_messages=True)["published"] == 1
     world.queue.deliver_all(world.trigger)
     assert world.record().execution == "execution-1"
+
+
+class Partly:
+    """A queue that refuses the messages of some jobs."""
+
+    def __init__(self, world: World, refused: set[str]) -> None:
+        self.refused = refused
+        self.tried = 0
+        self._publish = world.queue.publish
+        world.queue.publish = self.publish  # type: ignore[method-assign]
+
+    def publish(self, message: JobMessage, attributes: Mapping[str, str]) -> None:
+        self.tried += 1
+        if message.job_id in self.refused:
+            raise Unavailable("the queue is down")
+        self._publish(message, attributes)
+
+
+def test_one_that_cannot_be_tended_keeps_no_other_from_it(world: World) -> None:
+    """And in the end the sweep says which, and what it did."""
+    for name in ("a", "b", "c"):
+        world.job(name)
+        world.submit(name)
+    world.queue.held.clear()
+    world.clock.pass_seconds(300)
+    Partly(world, {"a", "b"})
+    with pytest.raises(SweepIncomplete) as error:
+        world.trigger.sweep()
+    assert error.value.done == {"requeued": 0, "failed": 0, "published": 1}
+    assert [missed.partition(":")[0] for missed in error.value.missed] == ["a.merged", "b.merged"]
+    assert "a.merged: the queue is down" in error.value.message
+    assert [attributes["job_id"] for _, attributes in world.queue.held] == ["c"]
+
+
+def test_a_sweep_does_not_wait_for_a_queue_that_is_gone(tmp_path: Path) -> None:
+    """Each attempt takes seconds there; what lies between is no sign of life."""
+    world = World(tmp_path, max_unfinished_per_user=30)
+    for number in range(30):
+        name = f"job{number:02}"
+        world.job(name)
+        world.submit(name)
+        if number % 3 == 2:
+            world.queue.deliver_all(world.trigger)
+            world.claim(f"{name}.merged", seconds=10_000)
+        world.queue.held.clear()
+    world.clock.pass_seconds(300)
+    queue = Partly(world, {f"job{number:02}" for number in range(30)})
+    with pytest.raises(SweepIncomplete) as error:
+        world.trigger.sweep()
+    assert queue.tried == len(error.value.missed) == 10
+    queue.refused.clear()
+    assert world.trigger.sweep()["published"] == 20
+
+
+def test_a_dead_lease_is_taken_back_even_while_the_queue_is_down(world: World) -> None:
+    """The next sweep sends its message, however soon that is."""
+    world.job()
+    world.launched()
+    world.claim()
+    world.clock.pass_seconds(121)
+    queue = Partly(world, {"job"})
+    with pytest.raises(SweepIncomplete) as error:
+        world.trigger.sweep()
+    assert error.value.done == {"requeued": 1, "failed": 0, "published": 0}
+    assert world.record().state is State.QUEUED
+    queue.refused.clear()
+    assert world.trigger.sweep() == {"requeued": 0, "failed": 0, "published": 1}
+
+
+def sweep_for_an_hour(world: World) -> list[dict[str, int]]:
+    """A sweep every five minutes."""
+    done = []
+    for _ in range(12):
+        world.clock.pass_seconds(300)
+        done.append(world.trigger.sweep())
+    return done
+
+
+def test_messages_of_which_none_is_delivered_end_after_an_hour(world: World) -> None:
+    """`not_delivered`, which says where to look; twelve were sent."""
+    world.job()
+    world.submit()
+    *before, last = sweep_for_an_hour(world)
+    assert before == [{"requeued": 0, "failed": 0, "published": 1}] * 11
+    assert last == {"requeued": 0, "failed": 1, "published": 0}
+    assert len(world.queue.held) == 12
+    error = world.record().error
+    assert error is not None
+    assert (error.code, error.retryable) == ("not_delivered", True)
+    assert "12 messages" in error.message
+    assert world.submit().publications == 1
+
+
+def test_a_message_that_comes_after_all_runs_what_was_given_up(world: World) -> None:
+    """The subscription was mended: what it kept is delivered."""
+    world.job()
+    world.submit()
+    sweep_for_an_hour(world)
+    assert world.record().state is State.FAILED
+    world.queue.deliver_all(world.trigger)
+    assert (world.record().state, world.record().publications) == (State.STARTING, 0)
+    assert len(world.machines.started) == 1
+
+
+def test_deliveries_that_no_machine_takes_are_deliveries(world: World) -> None:
+    """An outage of the machines gives nothing up: only its dead letter does."""
+    world.job()
+    world.submit()
+    world.machines.down = True
+    for _ in range(30):
+        world.clock.pass_seconds(300)
+        assert world.trigger.sweep() == {"requeued": 0, "failed": 0, "published": 1}
+        with pytest.raises(Unavailable):
+            world.trigger.start(MESSAGE)
+    assert world.record().publications == 0
+
+
+def test_a_message_that_the_queue_refused_was_not_sent(world: World) -> None:
+    """An outage of the queue uses nothing up either; and a process that starts again may publish as often as it does."""
+    world.job()
+    world.queue.down = True
+    with pytest.raises(Unavailable):
+        world.submit()
+    for _ in range(20):
+        world.clock.pass_seconds(300)
+        with pytest.raises(SweepIncomplete):
+            world.trigger.sweep()
+    world.queue.down = False
+    for _ in range(20):
+        world.clock.pass_seconds(300)
+        assert world.trigger.sweep(lost_messages=True)["published"] == 1
+    assert world.record().state is State.QUEUED

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dispatcher import lifecycle
+from dispatcher.collector import Collector
 from dispatcher.contract import (
     Artifact,
     ExportRecord,
@@ -117,6 +118,7 @@ class World:
             clock=self.clock,
             **({"max_attempts": 5} | limits),
         )
+        self.collector = Collector(self.records, self.artifacts, after=timedelta(days=7), clock=self.clock)
         self.service = Service(
             records=self.records,
             artifacts=self.artifacts,

@@ -128,5 +128,5 @@ def test_serve_refuses_with_a_cloud_setting(laptop: Laptop) -> None:
 
 def test_a_sweep_reports_what_it_did(laptop: Laptop) -> None:
     """Nothing, on a fresh state directory."""
-    assert laptop.lines("sweep") == [{"requeued": 0, "failed": 0, "published": 0}]
+    assert laptop.lines("sweep") == [{"requeued": 0, "failed": 0, "published": 0, "collected": 0}]
     assert laptop.lines("list") == []

@@ -116,7 +116,7 @@ def test_a_field_that_is_not_ours_stays(store: FirestoreRecords) -> None:
 def test_an_unreadable_record_does_not_hide_the_others(store: FirestoreRecords) -> None:
     """A page is filled up with those that come after it."""
     for number in range(6):
-        store.create_export(named(f"job{number}.merged"))
+        store.create_export(named(f"job{number}.merged", uncollected_since=START))
     client = firestore.Client(project=store._client.project)
     for number in (1, 2):
         client.document(f"exports/job{number}.merged").update({"state": "queued", "attempt": "many"})
@@ -124,13 +124,16 @@ def test_an_unreadable_record_does_not_hide_the_others(store: FirestoreRecords) 
     readable = [f"job{number}.merged" for number in (0, 3, 4, 5)]
     assert [found.export_id for found in store.list_exports(limit=2)] == readable[:2]
     assert [found.export_id for found in every_export(store, {State.QUEUED}, page=1)] == readable
+    assert [found.export_id for found in store.list_uncollected({State.QUEUED}, until=START, limit=3)] == readable[:3]
+    with pytest.raises(ExportError):
+        store.list_exports(limit=2, strict=True)
 
 
 def test_what_the_client_cannot_decode_hides_nothing_else(store: FirestoreRecords) -> None:
     """A reference into another project, say: one in a record, one where a training service may put it."""
     elsewhere = firestore.Client(project="another-project").document("a/b")
     for number in range(4):
-        store.create_export(named(f"job{number}.merged"))
+        store.create_export(named(f"job{number}.merged", uncollected_since=START))
     store.put_job("job", {**JOB, "see_also": elsewhere})
     store.put_job("odd", {**JOB, "provider": elsewhere})
     client = firestore.Client(project=store._client.project)
@@ -138,6 +141,9 @@ def test_what_the_client_cannot_decode_hides_nothing_else(store: FirestoreRecord
     client.close()
     assert [found.export_id for found in every_export(store, {State.QUEUED}, page=2)] == [
         f"job{number}.merged" for number in (0, 2, 3)
+    ]
+    assert [found.export_id for found in store.list_uncollected({State.QUEUED}, until=START, limit=2)] == [
+        f"job{number}.merged" for number in (0, 2)
     ]
     with pytest.raises(ExportError) as error:
         store.get_export("job1.merged")
@@ -225,6 +231,7 @@ def test_every_composite_query_has_its_index_and_every_index_its_query(
     store.create_export(QUEUED)
     for arguments in _EVERY_USE:
         store.list_exports(**arguments)
+    store.list_uncollected({State.COMPLETED, State.FAILED}, until=START, limit=5)
     composite = {fields for fields in asked if len(fields) > 1}
     declared = json.loads(INDEXES.read_text())["indexes"]
     assert {tuple(field["fieldPath"] for field in index["fields"]) for index in declared} == composite
@@ -255,10 +262,12 @@ _EVERY_USE: list[dict[str, Any]] = [
 
 
 def _fields(query: Any) -> tuple[str, ...]:
-    """The fields that a query filters by, in order; all are sorted by document id besides, as every index is."""
+    """The fields that a query filters and sorts by, in order; the last is the document id, as in every index."""
     filters = list(query.where.composite_filter.filters) or [query.where]
-    assert [order.field.field_path for order in query.order_by] == ["__name__"]
-    return tuple(each.field_filter.field.field_path for each in filters if each.field_filter.field.field_path)
+    filtered = [each.field_filter.field.field_path for each in filters if each.field_filter.field.field_path]
+    *sorted_by, last = [order.field.field_path for order in query.order_by]
+    assert last == "__name__"
+    return tuple(dict.fromkeys([*filtered, *sorted_by]))
 
 
 def _keywords(source: Path) -> Iterator[set[str]]:
@@ -266,4 +275,4 @@ def _keywords(source: Path) -> Iterator[set[str]]:
 
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "list_exports":
-            yield {keyword.arg or "" for keyword in node.keywords} - {"limit", "after"}
+            yield {keyword.arg or "" for keyword in node.keywords} - {"limit", "after", "strict"}

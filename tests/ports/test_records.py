@@ -113,6 +113,23 @@ def test_exports_are_listed_by_owner_job_and_state_in_pages(records: RecordStore
     assert records.list_exports(states=set()) == []
 
 
+def test_what_waits_to_be_collected_is_listed_by_state_the_oldest_first(records: RecordStore) -> None:
+    """To the second at least, whatever the time of day; two of one moment by id, and none that was collected."""
+    moments = {"a": 3.0, "b": 1.0, "c": 2.000001, "d": 2.0, "e": 1.0, "later": 3.01, "collected": None}
+    for name, seconds in moments.items():
+        since = None if seconds is None else START + timedelta(seconds=seconds)
+        records.create_export(record(State.COMPLETED, export_id=f"{name}.merged", uncollected_since=since))
+    records.create_export(record(State.FAILED, export_id="failed.merged", uncollected_since=START))
+    until = START + timedelta(seconds=3)
+    found = [each.export_id for each in records.list_uncollected({State.COMPLETED}, until=until)]
+    assert set(found) == {f"{name}.merged" for name in "abcde"}
+    assert (found[:2], found[-1]) == (["b.merged", "e.merged"], "a.merged")
+    assert [each.export_id for each in records.list_uncollected(set(State), until=until, limit=2)] == [
+        "failed.merged",
+        "b.merged",
+    ]
+
+
 def test_no_update_is_lost_between_threads_and_openings(open_again: Callable[[], RecordStore]) -> None:
     """Every one of forty increments is there in the end."""
     stores = [open_again() for _ in range(4)]
@@ -166,6 +183,8 @@ def test_a_record_comes_back_as_it_went_in(records: RecordStore) -> None:
         summary={"engine": "streaming", "seconds": 1.25, "verified": {"worst_error_ulp": 0.5}, "none": None},
         error=Failure(code="c", message="m\nn", retryable=True),
         version="0123456789ab",
+        publications=3,
+        uncollected_since=START + timedelta(microseconds=1),
     )
     records.create_export(full)
     assert records.get_export("job.merged") == full

@@ -95,7 +95,7 @@ def test_an_unreadable_record_does_not_hide_the_others(
     """A listing leaves it out, names it in the log, and its pages stay full; asked for by name it is an error."""
     store = SqliteRecords(tmp_path / "records.db")
     for number in range(6):
-        store.create_export(named(f"job{number}.merged"))
+        store.create_export(named(f"job{number}.merged", uncollected_since=START))
     statement = "UPDATE exports SET document = CAST(? AS TEXT) WHERE export_id IN ('job1.merged', 'job2.merged')"
     damage(tmp_path / "records.db", statement, stored)
     readable = [f"job{number}.merged" for number in (0, 3, 4, 5)]
@@ -103,6 +103,9 @@ def test_an_unreadable_record_does_not_hide_the_others(
     assert [found.export_id for found in store.list_exports(limit=2)] == readable[:2]
     assert [found.export_id for found in store.list_exports(limit=1, after="job0.merged")] == ["job3.merged"]
     assert [found.export_id for found in every_export(store, {State.QUEUED}, page=1)] == readable
+    assert [found.export_id for found in store.list_uncollected({State.QUEUED}, until=START, limit=4)] == readable
+    with pytest.raises(ExportError):
+        store.list_exports(strict=True)
     errors = {line.getMessage() for line in caplog.records if line.levelname == "ERROR"}
     assert all(any(f"job{number}.merged" in message for message in errors) for number in (1, 2))
     with pytest.raises(ExportError) as error:
