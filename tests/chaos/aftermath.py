@@ -10,9 +10,8 @@ from typing import Any
 
 from dispatcher.artifacts import path_of
 from dispatcher.contract import RESULT_FIELD, ExportType, State
-from exporter.artifact import ROOTS
+from dispatcher.published import MANIFEST_NAME, ROOTS
 from exporter.job import DOCUMENT_FIELD
-from exporter.manifest import MANIFEST_NAME
 from tests.chaos.storm import EXPORTS, JOB, Deployment, Seen
 
 Tree = dict[str, str]

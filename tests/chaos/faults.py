@@ -4,6 +4,8 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from datetime import datetime
 from enum import Enum, auto
 from typing import Any, TypeVar
 
@@ -93,10 +95,8 @@ class Dice:
         if fate is Fate.NOT_DONE:
             raise error(f"{name} of {caller} did not get through, as the dice has it")
         if fate is Fate.ANSWER_LOST:
-            try:
+            with suppress(ExportError):  # that answer is lost too
                 act()
-            except ExportError:
-                pass  # that answer is lost too
             raise (lost or error)(f"the answer of {name} to {caller} was lost, as the dice has it")
         if fate is Fate.TWICE and not once:
             act()
@@ -142,11 +142,17 @@ class FaultyRecords:
         states: Collection[State] | None = None,
         limit: int = 100,
         after: str | None = None,
+        strict: bool = False,
     ) -> list[ExportRecord]:
         def act() -> list[ExportRecord]:
-            return self._inner.list_exports(user_id=user_id, job_id=job_id, states=states, limit=limit, after=after)
+            return self._inner.list_exports(
+                user_id=user_id, job_id=job_id, states=states, limit=limit, after=after, strict=strict
+            )
 
         return self._call("list_exports", act)
+
+    def list_uncollected(self, states: Collection[State], *, until: datetime, limit: int = 100) -> list[ExportRecord]:
+        return self._call("list_uncollected", lambda: self._inner.list_uncollected(states, until=until, limit=limit))
 
     def close(self) -> None:
         """Nothing: the real one is not this one's to close."""

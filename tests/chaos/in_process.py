@@ -27,7 +27,6 @@ class ThreadRunner:
 
     Args:
         stores: Of an attempt, by execution and number: what it works with.
-        cold: Whether a retry has to wait, so that nothing new begins.
 
     Attributes:
         asked: Executions that were asked for, by name: their environment.

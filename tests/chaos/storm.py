@@ -22,6 +22,7 @@ from dispatcher.serve import local_app
 from dispatcher.service import Service
 from dispatcher.settings import Settings
 from dispatcher.sqlite_records import SqliteRecords
+from dispatcher.sweep import swept
 from dispatcher.tokens import FileTokens
 from dispatcher.trigger import Trigger
 from exporter.job import Stores
@@ -42,6 +43,8 @@ CALM_ROUNDS = 25
 """In which all has to come to its end then"""
 LONG = timedelta(hours=1)
 """Longer than any lease, and than a message may be under way"""
+VERY_LONG = timedelta(days=8)
+"""Longer than what is left of an export is kept, and all rounds together are not as long"""
 ENDS_SECONDS = 60.0
 
 
@@ -88,11 +91,11 @@ class Deployment:
         self._lease_seconds = lease_seconds
         self.runner = ThreadRunner(self._stores)
         self.queue = InlineQueue(self._deliver, first_delay=0.002, longest_delay=0.02)
-        settings = Settings.from_env({"GEMMA_EXPORT_HOME": str(root), "LEASE_SECONDS": str(lease_seconds)})
+        settings = Settings.from_env({"GEMMA_EXPORT_HOME": str(root)})
         queue, runner = FaultyQueue(self.queue, dice, "queue"), FaultyRunner(self.runner, dice, "runner")
         records, tokens = self._records("dispatcher"), FaultyTokens(self.tokens, dice, "dispatcher")
         artifacts = FaultyArtifacts(self.artifacts, dice, "dispatcher")
-        self.trigger = Trigger(
+        trigger = Trigger(
             records=records,
             queue=queue,
             runner=runner,
@@ -100,9 +103,16 @@ class Deployment:
             max_attempts=settings.max_attempts,
             several_tasks=False,
         )
-        service = Service(records=records, artifacts=artifacts, runner=runner, tokens=tokens, trigger=self.trigger)
+        service = Service(records=records, artifacts=artifacts, runner=runner, tokens=tokens, trigger=trigger)
         self.stack = bootstrap.Stack(
-            settings, records, artifacts, tokens, queue, runner, trigger=self.trigger, service=service
+            settings,
+            records,
+            artifacts,
+            tokens,
+            queue,
+            runner,
+            trigger=trigger,
+            service=service,
         )
         self._max_attempts = settings.max_attempts
         document = training_document(models / "base", models / "adapter")
@@ -132,7 +142,7 @@ class Deployment:
                 connection.execute("UPDATE exports SET document = ? WHERE export_id = ?", (aged, export_id))
 
     def _deliver(self, body: bytes, attributes: Any) -> None:
-        self.trigger.deliver(body, attributes)
+        self.stack.trigger.deliver(body, attributes)
 
     def _records(self, caller: str) -> FaultyRecords:
         return FaultyRecords(WatchedRecords(self.records, self.watch, caller), self.dice, caller)
@@ -157,7 +167,7 @@ class Deployment:
 def _aged(value: Any, passed: timedelta, name: str = "") -> Any:
     if isinstance(value, dict):
         return {key: _aged(item, passed, key) for key, item in value.items()}
-    return (datetime.fromisoformat(value) - passed).isoformat() if name.endswith("_at") and value else value
+    return (datetime.fromisoformat(value) - passed).isoformat() if name.endswith(("_at", "_since")) and value else value
 
 
 class User:
@@ -285,14 +295,14 @@ def _driven(deployment: Deployment, user: User, seen: Seen, dice: random.Random,
     for kind in EXPORTS:
         if (state := user.ask(kind)) != "completed":
             seen.lost.append(f"{kind} was completed, and is {state} when it is asked for again")
-    deployment.pass_time(LONG)
+    deployment.pass_time(VERY_LONG)
     _swept(deployment)
     deployment.settled()
 
 
 def _swept(deployment: Deployment) -> None:
     try:
-        deployment.trigger.sweep()
+        swept(deployment.stack.trigger, deployment.stack.collector)
     except ExportError as error:
         logging.getLogger(__name__).info("the sweep did not get through: %s", error)
 

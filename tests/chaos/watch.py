@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,25 +27,17 @@ def faults_of(record: ExportRecord) -> list[str]:
     return [f"{record.export_id} is {state} with or without {what}" for what, is_wrong in wrong.items() if is_wrong]
 
 
-@dataclass(frozen=True)
-class _Held:
-    export_id: str
-    lease_id: str
-
-
 class Watch:
     """What was seen.
 
     Attributes:
         inconsistent: Of each record that was not whole, what was wrong.
         doubled: Who wrote for an export that another had begun, whose own lease had not run out.
-        claims: How often an exporter claimed an export.
     """
 
     def __init__(self) -> None:
         self.inconsistent: list[str] = []
         self.doubled: list[str] = []
-        self.claims = 0
         self.lock = threading.Lock()
         self._holder: dict[str, str] = {}
         self._held: dict[str, dict[str, str]] = {}
@@ -56,11 +47,10 @@ class Watch:
         """A record was written; called under the lock, so in the order in which they were."""
         self.inconsistent += faults_of(new)
         before, after = old.lease if old else None, new.lease
-        if before is not None and (after is None or after.lease_id != before.lease_id):
-            if before.expires_at <= datetime.now(UTC):
-                self._lapsed.add(before.lease_id)
-        if after is not None and (before is None or after.lease_id != before.lease_id) and new.state is State.RUNNING:
-            self.claims += 1
+        changes_hands = (before and before.lease_id) != (after and after.lease_id)
+        if before is not None and changes_hands and before.expires_at <= datetime.now(UTC):
+            self._lapsed.add(before.lease_id)
+        if after is not None and changes_hands and new.state is State.RUNNING:
             self._holder[new.export_id] = after.lease_id
             self._held.setdefault(caller, {})[new.export_id] = after.lease_id
 
@@ -119,8 +109,14 @@ class WatchedRecords:
         states: Collection[State] | None = None,
         limit: int = 100,
         after: str | None = None,
+        strict: bool = False,
     ) -> list[ExportRecord]:
-        return self._inner.list_exports(user_id=user_id, job_id=job_id, states=states, limit=limit, after=after)
+        return self._inner.list_exports(
+            user_id=user_id, job_id=job_id, states=states, limit=limit, after=after, strict=strict
+        )
+
+    def list_uncollected(self, states: Collection[State], *, until: datetime, limit: int = 100) -> list[ExportRecord]:
+        return self._inner.list_uncollected(states, until=until, limit=limit)
 
     def close(self) -> None:
         self._inner.close()
