@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sqlite3
+import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from dispatcher.artifacts import path_of
 from dispatcher.contract import RESULT_FIELD, ExportType, State
 from dispatcher.published import MANIFEST_NAME, ROOTS
+from dispatcher.settings import Settings
+from dispatcher.tokens import FileTokens
 from exporter.job import DOCUMENT_FIELD
 from tests.chaos.storm import EXPORTS, JOB, Deployment, Seen
 
@@ -67,8 +70,16 @@ def judge(seen: Seen, deployment: Deployment, wanted: Wanted, scratch: Path) -> 
     if job.get("kept") != {"as": "it is"}:
         seen.inconsistent.append(f"the training job's document lost what is not ours: {job}")
     _judge_files(seen, deployment.root, wanted)
-    seen.leftovers += [f"token {path.name[:80]}" for path in (deployment.root / "tokens").glob("*")]
+    _judge_tokens(seen, deployment.root / "tokens")
     seen.leftovers += [f"temporary file {path}" for path in scratch.glob("*")]
+
+
+def _judge_tokens(seen: Seen, directory: Path) -> None:
+    """A token whose deletion failed, or whose request did, is left to its time to live; after that none is there."""
+    seen.tokens = len(list(directory.glob("*")))
+    later = time.time() + Settings.token_ttl_seconds + 1
+    last = FileTokens(directory, ttl_seconds=Settings.token_ttl_seconds, clock=lambda: later).put("another", "token")
+    seen.leftovers += [f"token {path.name[:80]}" for path in directory.glob("*") if path.name != last]
 
 
 def _documents(root: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:

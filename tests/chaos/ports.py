@@ -76,7 +76,10 @@ def rows(outcome: Outcome) -> list[Row]:
         none_of(f"{what}: exports lost", outcome.found("lost")),
         none_of("artifacts made twice, or by two at once", outcome.found("doubled")),
         none_of("records, documents and files that disagree", outcome.found("inconsistent")),
-        none_of("files and tokens left over", outcome.found("leftovers")),
+        none_of(
+            f"files and tokens left over, but for {outcome.total('tokens')} tokens left to their time to live",
+            outcome.found("leftovers"),
+        ),
         none_of("exceptions that are none of ours", outcome.found("unexpected")),
     ]
 

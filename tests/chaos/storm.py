@@ -58,6 +58,8 @@ class Seen:
     executions: int = 0
     attempts: int = 0
     requests: int = 0
+    tokens: int = 0
+    """Left to their time to live, because their deletion failed"""
     seconds: float = 0.0
     lost: list[str] = field(default_factory=list)
     doubled: list[str] = field(default_factory=list)
