@@ -15,7 +15,8 @@ from dispatcher.published import MANIFEST_NAME, ROOTS
 from dispatcher.settings import Settings
 from dispatcher.tokens import FileTokens
 from exporter.job import DOCUMENT_FIELD
-from tests.chaos.storm import EXPORTS, JOB, Deployment, Seen
+from tests.chaos.deployment import JOB, Deployment
+from tests.chaos.user import EXPORTS, Seen
 
 Tree = dict[str, str]
 """Of each file of a version, by `{version}/{name}`, the digest; of the manifest, without its `run`"""

@@ -156,9 +156,7 @@ class Place:
         )
         settings = Settings.from_env({"GEMMA_EXPORT_HOME": str(self._root)})
         bootstrap.install(
-            bootstrap.Stack(
-                settings, self.records, artifacts, tokens, self.queue, self.machines, self.trigger, service
-            )
+            bootstrap.Stack(settings, self.records, artifacts, tokens, self.queue, self.machines, self.trigger, service)
         )
         self._open.callback(bootstrap.install, None)
         server = open_server(local_app(USER), 0)
@@ -263,8 +261,7 @@ def _at_once(crowd: Crowd, acts: list[Callable[[], str]]) -> None:
     before = threading.stack_size(STACK_BYTES)
     try:
         threads = [
-            threading.Thread(target=run, args=(act, said), daemon=True)
-            for act, said in zip(acts, answers, strict=True)
+            threading.Thread(target=run, args=(act, said), daemon=True) for act, said in zip(acts, answers, strict=True)
         ]
         for thread in threads:
             thread.start()

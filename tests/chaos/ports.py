@@ -18,7 +18,8 @@ from rich.console import Console
 
 from tests.chaos.aftermath import Wanted, judge
 from tests.chaos.rows import Row, none_of
-from tests.chaos.storm import CALM, Seen, storm, weather
+from tests.chaos.storm import CALM, storm, weather
+from tests.chaos.user import Seen
 from tests.gemmas import make_adapter, save_base
 
 SEEDS = 200
