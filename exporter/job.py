@@ -254,15 +254,18 @@ def _give_up(claimed: Claim, error: ExportError, order: Order, stores: Stores) -
 
     try:
         update(stores.records, record.export_id, change)
-    except IllegalTransition as lost:
-        log.warning("not recorded: %s", lost.message)
-        ending = _ending(record.export_id, stores)  # by ourselves, where only the answer was lost
+    except (IllegalTransition, Unavailable) as lost:
+        # Our own ending, where only the answer was lost; or whoever took it over came to one.
+        unknown = again and isinstance(lost, Unavailable)
+        ending = None if unknown else _ending(record.export_id, stores)
         if ending is not None:
             _drop_token(token_ref, stores)
-        return ExitCode.FAILED if ending is State.FAILED else ExitCode.DONE
-    except Unavailable as unavailable:
-        log.error("the verdict could not be recorded, the lease will run out: %s", unavailable.message)
-        return ExitCode.TRY_AGAIN
+            return ExitCode.FAILED if ending is State.FAILED else ExitCode.DONE
+        if isinstance(lost, Unavailable):
+            log.error("the verdict could not be recorded, the lease will run out: %s", lost.message)
+            return ExitCode.TRY_AGAIN
+        log.warning("not recorded: %s", lost.message)
+        return ExitCode.DONE
     if again:
         return ExitCode.TRY_AGAIN
     if not error.retryable:
