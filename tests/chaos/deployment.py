@@ -42,6 +42,7 @@ class Deployment:
         records: Instead of SQLite; closed with the deployment.
         artifacts: Instead of a directory.
         adapter: Where the adapter lies instead.
+        delays: Seconds before a message is delivered again, at first and at most.
 
     Attributes:
         on_write: Called whenever an exporter begins a file.
@@ -57,6 +58,7 @@ class Deployment:
         records: RecordStore | None = None,
         artifacts: ArtifactStore | None = None,
         adapter: str | None = None,
+        delays: tuple[float, float] = (0.002, 0.02),
     ) -> None:
         self.root = root
         self.dice = dice
@@ -67,7 +69,7 @@ class Deployment:
         self.tokens = FileTokens(root / "tokens")
         self._lease_seconds = lease_seconds
         self.runner = ThreadRunner(self._stores)
-        self.queue = InlineQueue(self._deliver, first_delay=0.002, longest_delay=0.02)
+        self.queue = InlineQueue(self._deliver, first_delay=delays[0], longest_delay=delays[1])
         settings = Settings.from_env({"GEMMA_EXPORT_HOME": str(root)})
         queue, runner = FaultyQueue(self.queue, dice, "queue"), FaultyRunner(self.runner, dice, "runner")
         found, tokens = self._records("dispatcher"), FaultyTokens(self.tokens, dice, "dispatcher")

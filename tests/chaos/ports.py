@@ -116,16 +116,18 @@ def one(seed: int, *, root: Path, models: Path, wanted: Wanted, keep: bool = Fal
         keep: Whether what it left stays.
     """
     torch.set_num_threads(1)  # these are tiny, and other seeds run beside
-    logging.getLogger().setLevel(logging.INFO if keep else logging.CRITICAL)
     place = root / f"seed-{seed}"
     scratch = place / "scratch"
     scratch.mkdir(parents=True)
-    before, tempfile.tempdir = tempfile.tempdir, str(scratch)
+    log = logging.getLogger()
+    before, level, tempfile.tempdir = tempfile.tempdir, log.level, str(scratch)
+    log.setLevel(logging.INFO if keep else logging.ERROR)
     try:
         seen, deployment = storm(seed, place, models, weather(seed))
         judge(seen, deployment, wanted, scratch)
     finally:
         tempfile.tempdir = before
+        log.setLevel(level)
         if not keep:
             shutil.rmtree(place)
     return seen
