@@ -46,26 +46,6 @@ class ArtifactWriter(Protocol):
     def discard(self) -> None:
         """Remove what was written; harmless after `commit`."""
 
-    def withdraw(self) -> None:
-        """Remove what `commit` published.
-
-        Nothing is removed where `commit` found the same content there already, where it did not learn whether the
-        file is its own, or where another file has the name by now.
-
-        Raises:
-            Unavailable: It cannot be removed.
-        """
-
-
-@dataclass(frozen=True)
-class ComposedFile:
-    """A file that others of the store were put together into."""
-
-    stored: StoredFile
-    """Its `name` is the last part of the path."""
-    withdraw: Callable[[], None]
-    """As `ArtifactWriter.withdraw`."""
-
 
 class ArtifactReader(Protocol):
     """A published file, open: every byte comes from the very file that was there when it was opened."""
@@ -99,8 +79,10 @@ class ArtifactStore(Protocol):
             StorageFull: There is no room for `size` bytes.
         """
 
-    def compose(self, path: str, parts: Sequence[str], *, scratch: str | None = None) -> ComposedFile:
+    def compose(self, path: str, parts: Sequence[str], *, scratch: str | None = None) -> StoredFile:
         """Publish the file that is all of `parts`, in order: paths inside the store, which stay as they are.
+
+        The `name` of what is returned is the last part of the path.
 
         In Cloud Storage no byte of them passes through this process. Size and crc32c of the result are compared with
         those of the parts together.
@@ -128,9 +110,9 @@ class ArtifactStore(Protocol):
         Without `checksums` no file is read for its crc32c, which is empty then, unless the store knows it anyway.
 
         Raises:
-            SourceError: A symbolic link leads out of it (`link_refused`), a name cannot be a file's here
-                (`file_name_invalid`), the bucket, of someone else, may not be read (`source_forbidden`), or it tells
-                no checksum of an object (`checksum_missing`).
+            SourceError: There are over `MAX_LISTED_FILES` (`too_many_files`), a symbolic link leads out of it
+                (`link_refused`), a name cannot be a file's here (`file_name_invalid`), the bucket, of someone else, may
+                not be read (`source_forbidden`), or it tells no checksum of an object (`checksum_missing`).
         """
 
     def read(self, uri: str, *, limit: int = SMALL_FILE_LIMIT) -> bytes:
@@ -190,7 +172,10 @@ def path_of(uri: str) -> Path:
     Raises:
         SourceError: It names something that is not on this machine.
     """
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:  # of an address in brackets that is none
+        raise SourceError(f"{uri!r} is no URI: expected a file:// URI or a path", code="uri_unsupported") from error
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         text = unquote(parts.path)
     elif "://" in uri or parts.scheme == "file":

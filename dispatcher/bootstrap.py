@@ -69,7 +69,7 @@ def build(settings: Settings) -> Stack:
         records=records,
         queue=queue,
         runner=runner,
-        lease_seconds=settings.lease_seconds,
+        lease_seconds=settings.lease_seconds + settings.clock_skew_seconds,
         max_attempts=settings.max_attempts,
         launch_grace_seconds=0 if settings.embedded else LAUNCH_GRACE_SECONDS,
         several_tasks=not settings.embedded,

@@ -35,7 +35,8 @@ def _reported(command: Callable[..., int | None]) -> Callable[..., None]:
         try:
             code = command(*args, as_json=as_json, **options)
         except ExportError as error:
-            _say(json.dumps(error.problem()) if as_json else f"{error.message} ({error.error_code})", error=not as_json)
+            told = json.dumps(error.problem()) if as_json else logs.clean(f"{error.message} ({error.error_code})")
+            _say(told, error=not as_json)
             code = 1
         except KeyboardInterrupt:
             _say("interrupted; an exporter that was started goes on, see `gemma-export list`", error=True)
@@ -95,6 +96,7 @@ def export(
 ) -> int | None:
     """Ask for an export and follow it to its end; prints the path of the result."""
     from dispatcher.client import follow
+    from dispatcher.logs import clean
     from dispatcher.progress import shown
     from dispatcher.settings import Settings
 
@@ -114,7 +116,7 @@ def export(
         return 0
     error = final["error"] or {"code": final["state"], "message": f"the export was {final['state']}"}
     if not as_json:
-        _say(f"{error['message']} ({error['code']})", error=True)
+        _say(clean(f"{error['message']} ({error['code']})"), error=True)
     return 1
 
 
@@ -186,23 +188,21 @@ def serve(port: int, user: str, *, as_json: bool) -> None:
 @_reported
 def sweep(*, as_json: bool) -> None:
     """Put right what died: take back dead leases, start again what waits, remove what nobody needs any more."""
-    from dispatcher.errors import SweepIncomplete
     from dispatcher.sweep import swept
 
     with _stack() as stack:
         # What waited in an embedded queue was lost with the process that had it; a topic keeps its messages.
         lost = stack.settings.queue_url == "inline:"
-        try:
-            done = swept(stack.trigger, stack.collector, lost_messages=lost)
-        except SweepIncomplete as error:
-            if not as_json:
-                _say(_told(error.done))
-            raise
-    _say(json.dumps(done) if as_json else _told(done))
+        done = swept(stack.trigger, stack.collector, lost_messages=lost)
+    _say(json.dumps(done) if as_json else ", ".join(f"{number} {what}" for what, number in done.items()))
 
 
-def _told(done: dict[str, int]) -> str:
-    return ", ".join(f"{number} {what}" for what, number in done.items())
+@main.command()
+def openapi() -> None:
+    """Print the OpenAPI document of the HTTP API, as JSON."""
+    from dispatcher.openapi import document
+
+    _say(json.dumps(document(), indent=2))
 
 
 @main.command()
@@ -212,9 +212,10 @@ def _told(done: dict[str, int]) -> str:
 def inspect(adapter: Path, base: str | None, *, as_json: bool) -> int:
     """Say what merging ADAPTER would do, or why it is refused; nothing is written."""
     from dispatcher.inspection import inspected, told
+    from dispatcher.logs import clean
 
     report = inspected(adapter, base)
-    _say(json.dumps(report) if as_json else told(report))
+    _say(json.dumps(report) if as_json else clean(told(report), limit=sys.maxsize, lines=True))
     return int(report["outcome"] == "refused")
 
 

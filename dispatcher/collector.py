@@ -1,25 +1,26 @@
 """Removes what earlier versions and abandoned attempts left in the artifact store, a grace period after they ended.
 
 No lock is held meanwhile: a collector that sleeps for a day between deciding and deleting must do no harm either. So a
-version is first marked as spoilt, then the records are read once more, and only then, if nothing has changed in them,
-is it deleted. An exporter that looked for the mark too early to find it had claimed its export before, which the
-records show; every later one finds the mark and makes another version instead. The mark stays for good: it is the only
-thing that keeps a version from being made again under the hands of a collector that is still deleting it.
+version is first marked, then the records are read once more, and only then, if nothing has changed in them, is it
+deleted, and the mark after it. An exporter that looked for marks too early to find this one had claimed its export
+before, which the records show; every later one finds it and makes another version instead. Each collector has marks of
+its own, since another may be asleep.
 """
 
 import json
 import logging
 import re
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from dispatcher import lifecycle
-from dispatcher.artifacts import ArtifactStore
+from dispatcher.artifacts import ArtifactStore, publish
 from dispatcher.contract import UNFINISHED, ExportRecord, State
-from dispatcher.errors import ArtifactConflict, ExportError, SourceError, SweepIncomplete
+from dispatcher.errors import ExportError, SourceError, SweepIncomplete
 from dispatcher.logs import bound
-from dispatcher.published import MANIFEST_NAME, PARTS_SUFFIX, ROOTS, SPOILT_NAME, spoil
+from dispatcher.published import COLLECTED_PREFIX, MANIFEST_NAME, PARTS_SUFFIX, ROOTS, SPOILT_PREFIX
 from dispatcher.records import RecordStore
 
 logger = logging.getLogger(__name__)
@@ -104,25 +105,34 @@ class Collector:
         used = {artifact.version for each in exports for artifact in each.artifacts}
         found = {match[1] for name in self._artifacts.children(root) if (match := _VERSION.fullmatch(name))}
         doomed = [version for version in sorted(found - used) if self._is_waste(root, version, exports)]
-        for version in doomed:
-            try:
-                spoil(self._artifacts, f"{root}/{version}")
-            except ArtifactConflict:
-                logger.debug("%s was marked by somebody else", version)
-        if self._sharing(record) != exports:
+        if not self._deleted(root, doomed, lambda: self._sharing(record) == exports):
             logger.info("nothing is collected: it was asked for again just now")
             return 0
-        for version in doomed:
-            # The manifest first: whatever is there when we die on the way is no published version.
-            self._artifacts.delete_prefix(f"{root}/{version}/{MANIFEST_NAME}")
-            self._artifacts.delete_prefix(f"{root}/{version}")
-            self._remove_parts(f"{root}/{version}")
-            logger.info("collected %s/%s", root, version)
         for version in sorted(found & used):
             self._artifacts.remove_unpublished(f"{root}/{version}")
             self._remove_parts(f"{root}/{version}")
         self._note_collected(exports)
         return len(doomed)
+
+    def _deleted(self, root: str, versions: Sequence[str], is_unchanged: Callable[[], bool]) -> bool:
+        """Whether the versions were deleted, since nothing had changed after all bore our mark."""
+        name = f"{COLLECTED_PREFIX}{secrets.token_hex(8)}"
+        marks = [f"{root}/{version}{PARTS_SUFFIX}/{name}" for version in versions]
+        try:
+            for mark in marks:
+                publish(self._artifacts, mark, lambda writer: writer.write(b"being collected\n"))
+            if not is_unchanged():
+                return False
+            for version in versions:
+                # The manifest first: whatever is there when we die on the way is no published version.
+                self._artifacts.delete_prefix(f"{root}/{version}/{MANIFEST_NAME}")
+                self._artifacts.delete_prefix(f"{root}/{version}")
+                self._remove_parts(f"{root}/{version}")
+                logger.info("collected %s/%s", root, version)
+        finally:
+            for mark in marks:
+                self._artifacts.delete_prefix(mark)
+        return True
 
     def _sharing(self, record: ExportRecord) -> list[ExportRecord]:
         """The exports whose versions lie together with this one's, itself among them.
@@ -136,7 +146,9 @@ class Collector:
     def _is_quiet(self, record: ExportRecord, now: datetime) -> bool:
         """Whether an export ended so long ago that what it left is of no use to anybody."""
         grace = CANCELLED_GRACE if record.state is State.CANCELLED else self._after
-        return record.state not in UNFINISHED and record.updated_at + grace <= now
+        # A request that was taken back changes `updated_at` of an export that had ended long before.
+        ended = record.uncollected_since or record.updated_at
+        return record.state not in UNFINISHED and ended + grace <= now
 
     def _is_waste(self, root: str, version: str, exports: Sequence[ExportRecord]) -> bool:
         """Whether a version that no export names was never published, or was published and has a successor."""
@@ -144,7 +156,7 @@ class Collector:
             makers = self._makers(f"{root}/{version}/{MANIFEST_NAME}", exports)
             return bool(makers) and all(maker.state is State.COMPLETED for maker in makers)
         left = [*self._artifacts.children(f"{root}/{version}"), *self._parts(f"{root}/{version}")]
-        return bool(left)  # else only the mark of one that was collected
+        return bool(left)  # else only the mark of somebody who was killed
 
     def _makers(self, manifest: str, exports: Sequence[ExportRecord]) -> list[ExportRecord]:
         """The exports that may have published the version with this manifest: all, if it does not say."""
@@ -157,8 +169,9 @@ class Collector:
         return [each for each in exports if each.quantization == document["quantization"]]
 
     def _parts(self, version: str) -> list[str]:
-        """The names beside a version, without the mark."""
-        return [name for name in self._artifacts.children(f"{version}{PARTS_SUFFIX}") if name != SPOILT_NAME]
+        """The names beside a version, without the marks: each is removed by whoever put it there."""
+        names = self._artifacts.children(f"{version}{PARTS_SUFFIX}")
+        return [name for name in names if not name.startswith(SPOILT_PREFIX)]
 
     def _remove_parts(self, version: str) -> None:
         for name in self._parts(version):

@@ -7,9 +7,22 @@ import hashlib
 import re
 from datetime import datetime
 from enum import StrEnum
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
+
+from dispatcher.limits import MAX_MESSAGE_LENGTH, MAX_NAME_LENGTH, MAX_PATH_LENGTH, small_summary
+from dispatcher.logs import clean
 
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
 """A job id becomes a file name, a document id and a command argument; `..` is refused besides."""
@@ -19,6 +32,8 @@ QUANTIZATIONS = (
     *("q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "iq4_nl", "iq4_xs", "q4_0", "q5_0"),
 )
 DEFAULT_QUANTIZATION = "q8_0"
+HEADER_VALUE_PATTERN = r"^[!-~]{1,512}$"
+"""What a header can hold, and so the most that a Hugging Face token can be."""
 NEED_IMPORTANCE = {
     **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "q2_k_s"), "q2_k"),
     "iq3_xxs": "q3_k_s",
@@ -26,6 +41,21 @@ NEED_IMPORTANCE = {
 """What llama.cpp makes with an importance matrix alone, and what to ask for instead. Source: `tensor_requires_imatrix`
 in https://github.com/ggml-org/llama.cpp/blob/master/src/llama-quant.cpp"""
 SCHEMA_VERSION: Literal[1] = 1
+
+
+_KINDS = rf"(?:adapter|merged|gguf\.(?:{'|'.join(QUANTIZATIONS)}))"
+JOB_ID_FORM: dict[str, Any] = {
+    "pattern": r"^(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,199}$",
+    "minLength": 1,
+    "maxLength": 200,
+}
+"""`is_job_id` in JSON Schema's words."""
+EXPORT_ID_FORM: dict[str, Any] = {
+    "pattern": rf"^(?!.*\.\.(?!{_KINDS}$))[A-Za-z0-9][A-Za-z0-9._-]{{0,199}}\.{_KINDS}$",
+    "minLength": len("x.merged"),
+    "maxLength": 200 + max(len(f".gguf.{quantization}") for quantization in QUANTIZATIONS),
+}
+"""`is_export_id` in JSON Schema's words: a job id may end with a dot, and a type follows after another."""
 
 
 class ExportType(StrEnum):
@@ -59,7 +89,7 @@ def is_job_id(text: str) -> bool:
 
 def is_token(text: str) -> bool:
     """Whether `text` can be a Hugging Face token: what a header can hold."""
-    return re.fullmatch(r"[!-~]{1,512}", text) is not None
+    return re.fullmatch(HEADER_VALUE_PATTERN, text) is not None and not text.endswith("\n")
 
 
 def is_export_id(text: str) -> bool:
@@ -94,12 +124,16 @@ class Frozen(BaseModel):
 JobId = Annotated[str, StringConstraints(pattern=JOB_ID_PATTERN)]
 
 
+Name = Annotated[str, StringConstraints(max_length=MAX_NAME_LENGTH)]
+Place = Annotated[str, StringConstraints(max_length=MAX_PATH_LENGTH)]
+
+
 class ExportRequest(Frozen):
     """The body of `POST /export`."""
 
-    job_id: Annotated[str, Field(strict=True)]
+    job_id: Annotated[str, Field(strict=True, json_schema_extra=JOB_ID_FORM)]
     export_type: ExportType
-    hf_token: SecretStr | None = None
+    hf_token: Annotated[SecretStr, Field(json_schema_extra={"pattern": HEADER_VALUE_PATTERN})] | None = None
     quantization: Literal[QUANTIZATIONS] | None = None  # type: ignore[valid-type]  # one list, used as type and data
 
     @field_validator("quantization", mode="before")
@@ -131,15 +165,15 @@ class TrainingJob(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     job_id: str
-    user_id: str
-    status: str
-    base_model_id: str
-    base_model_revision: str | None = None
-    merge_base: str | None = None
+    user_id: Name
+    status: Name
+    base_model_id: Place
+    base_model_revision: Name | None = None
+    merge_base: Place | None = None
     """The 16-bit model to merge into where `base_model_id` is a quantized one: a hub id, optionally `@revision`, or a
     directory. The platform need not say it where names tell (see `exporter.bases`)."""
     provider: Literal["unsloth", "huggingface"] = "huggingface"
-    adapter_path: str | None = None
+    adapter_path: Place | None = None
 
     @classmethod
     def from_document(cls, job_id: str, document: dict[str, Any]) -> Self:
@@ -194,7 +228,8 @@ class Failure(Frozen):
     """Why an export failed, as a caller may see it."""
 
     code: str
-    message: str
+    message: Annotated[str, AfterValidator(partial(clean, limit=MAX_MESSAGE_LENGTH))]
+    """What a file, a library or a peer said may be in it, so it is cut and escaped whoever writes it."""
     retryable: bool
 
 
@@ -217,7 +252,7 @@ class ExportRecord(Frozen):
     lease: Lease | None = None
     adapter_fingerprint: str
     artifacts: tuple[Artifact, ...] = ()
-    summary: dict[str, Any] = {}
+    summary: Annotated[dict[str, Any], AfterValidator(small_summary)] = {}
     """What the manifest says in short: engine, counts of tensors merged and copied, seconds, peak memory."""
     error: Failure | None = None
     token_ref: str | None = None

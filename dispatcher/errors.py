@@ -146,12 +146,10 @@ class SweepIncomplete(Unavailable):
 
     def __init__(self, missed: list[str], done: dict[str, int]) -> None:
         shown = "; ".join(missed[:3]) + ("; …" if len(missed) > 3 else "")
-        super().__init__(f"{len(missed)} things are left to the next sweep: {shown}")
+        counts = ", ".join(f"{number} {what}" for what, number in done.items() if number) or "nothing done"
+        super().__init__(f"{counts}; {len(missed)} left to the next sweep: {shown}")
         self.missed = missed
         self.done = done
-
-    def problem(self) -> dict[str, Any]:
-        return {**super().problem(), "done": self.done}
 
 
 class LaunchInDoubt(Unavailable):

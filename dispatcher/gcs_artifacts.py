@@ -16,7 +16,6 @@ from dispatcher.artifacts import (
     SMALL_FILE_LIMIT,
     ArtifactReader,
     ArtifactWriter,
-    ComposedFile,
     StoredFile,
     checked_parts,
     checked_path,
@@ -28,6 +27,7 @@ from dispatcher.gcs_compose import GcsComposer
 from dispatcher.gcs_signing import UrlSigner
 from dispatcher.gcs_upload import CHUNK_BYTES, GcsWriter
 from dispatcher.google_errors import translating
+from dispatcher.limits import bounded_listing
 
 MAX_URL_LIFE = timedelta(hours=12)
 """What IAM signs with, it may have replaced after that."""
@@ -89,7 +89,7 @@ class GcsArtifacts:
     def create(self, path: str, *, size: int | None = None) -> ArtifactWriter:
         return GcsWriter(self._blob(self._bucket, checked_path(path)), self._retry, self._chunk_bytes)
 
-    def compose(self, path: str, parts: Sequence[str], *, scratch: str | None = None) -> ComposedFile:
+    def compose(self, path: str, parts: Sequence[str], *, scratch: str | None = None) -> StoredFile:
         sources = checked_parts(parts)
         between = checked_path(scratch) if scratch else sources[0].rpartition("/")[0] or "scratch"
         composer = GcsComposer(self._client.bucket(self._bucket), self._retry, self._timeout)
@@ -108,7 +108,7 @@ class GcsArtifacts:
         prefix = f"{name}/" if name else ""
         with self._reading(bucket):
             try:
-                blobs = [*self._listing(bucket, prefix)]
+                blobs = bounded_listing(self._listing(bucket, prefix), uri)
             except api.NotFound:
                 if bucket == self._bucket:
                     raise

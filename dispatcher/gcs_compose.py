@@ -9,7 +9,7 @@ from google.api_core import exceptions as api
 from google.api_core.retry import Retry
 from google.cloud.storage import Blob, Bucket
 
-from dispatcher.artifacts import ComposedFile, StoredFile
+from dispatcher.artifacts import StoredFile
 from dispatcher.crc32c import combined
 from dispatcher.errors import ArtifactConflict, NotFound, Unavailable
 from dispatcher.google_errors import FAULTS, translating
@@ -27,8 +27,6 @@ class _Object:
     generation: int
     size: int
     crc32c: str
-    is_ours: bool = False
-    """Whether this call is known to have made it."""
 
 
 class GcsComposer:
@@ -45,7 +43,7 @@ class GcsComposer:
         self._retry = retry
         self._timeout = timeout
 
-    def compose(self, path: str, parts: Sequence[str], scratch: str) -> ComposedFile:
+    def compose(self, path: str, parts: Sequence[str], scratch: str) -> StoredFile:
         """See `ArtifactStore.compose`; more than 32 parts by way of objects under `scratch`."""
         level = [self._part(part) for part in parts]
         between: list[_Object] = []
@@ -63,7 +61,7 @@ class GcsComposer:
                 # What cannot be deleted lies beside the parts, and goes with them.
                 with suppress(*FAULTS):
                     self._delete(item)
-        return ComposedFile(StoredFile(path.rpartition("/")[2], made.size, made.crc32c), lambda: self._withdraw(made))
+        return StoredFile(path.rpartition("/")[2], made.size, made.crc32c)
 
     def _part(self, name: str) -> _Object:
         found = self._found(name)
@@ -97,7 +95,7 @@ class GcsComposer:
                     code="source_changed",
                 ) from error
         if is_ours:
-            made = _Object(name, int(blob.generation), int(blob.size), str(blob.crc32c), is_ours=True)
+            made = _Object(name, int(blob.generation), int(blob.size), str(blob.crc32c))
         else:
             found = self._found(name)
             if found is None:
@@ -108,7 +106,8 @@ class GcsComposer:
         if (made.size, made.crc32c) == expected:
             return made
         if is_ours:
-            self._withdraw(made)
+            with translating(self._what(made.name)):
+                self._delete(made)
             raise Unavailable(
                 f"{self._what(name)} is not what its parts are together, and was not kept: try again",
                 code="upload_corrupted",
@@ -126,11 +125,6 @@ class GcsComposer:
             except api.NotFound:
                 return None
         return _Object(name, int(blob.generation), int(blob.size), str(blob.crc32c))
-
-    def _withdraw(self, made: _Object) -> None:
-        if made.is_ours:
-            with translating(self._what(made.name)):
-                self._delete(made)
 
     def _delete(self, item: _Object) -> None:
         with suppress(api.NotFound, api.PreconditionFailed):

@@ -42,7 +42,6 @@ class GcsWriter:
         self._upload: _ResumableUpload | None = None
         self._taken = False
         self._ended = False
-        self._created: int | None = None
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self._refuse_ended()
@@ -66,7 +65,6 @@ class GcsWriter:
         ours = self._blob.generation
         found = self._found()
         if found == (stored.size, stored.crc32c):
-            self._created = None if self._taken else int(self._blob.generation)
             return stored
         if ours is not None:
             raise self._withdrawn(ours)
@@ -78,10 +76,6 @@ class GcsWriter:
     def discard(self) -> None:
         self._ended = True
         self._cancel()
-
-    def withdraw(self) -> None:
-        if self._created is not None:
-            self._delete(self._created)
 
     def _send(self, view: memoryview) -> None:
         if self._upload is None:

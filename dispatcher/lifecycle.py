@@ -246,6 +246,26 @@ def collected(record: ExportRecord) -> ExportRecord:
     return changed(record, record.updated_at, uncollected_since=None)
 
 
+def withdrawn(record: ExportRecord, *, before: ExportRecord | None, now: datetime) -> ExportRecord:
+    """A request taken back that was written and never published: one too many for its user.
+
+    The export is again what it was `before`, or cancelled where it was not there. A token that came with the request
+    stays only where an earlier failure may still be tried again.
+
+    Raises:
+        IllegalTransition: Something has come of it already.
+    """
+    if record.state is not Q or record.published_at is not None or record.attempt or record.launches:
+        raise IllegalTransition(f"export {record.export_id} is {record.state} and cannot be withdrawn: cancel it")
+    if before is None:
+        message = "too many exports of its user were unfinished when it was asked for; ask again"
+        error = Failure(code="too_many_exports", message=message, retryable=True)
+        return transition(record, CANCELLED, by=Actor.CALLER, now=now, error=error, token_ref=None)
+    fields = {name: getattr(before, name) for name in ExportRecord.model_fields}
+    retried = before.state is FAILED and before.error is not None and before.error.retryable
+    return changed(record, now, **{**fields, "token_ref": record.token_ref if retried else before.token_ref})
+
+
 def noted(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:
     """The record with a fact about it written down (`published_at`, `execution`, `log_uri`, `token_ref`)."""
     facts = {"published_at", "publications", "execution", "log_uri", "token_ref", "force_nonce"}

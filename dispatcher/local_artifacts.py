@@ -14,7 +14,6 @@ from dispatcher.artifacts import (
     SMALL_FILE_LIMIT,
     ArtifactReader,
     ArtifactWriter,
-    ComposedFile,
     StoredFile,
     byte_view,
     checked_parts,
@@ -25,6 +24,7 @@ from dispatcher.artifacts import (
 from dispatcher.contract import fingerprint_of
 from dispatcher.crc32c import Crc32c
 from dispatcher.errors import ArtifactConflict, Misconfigured, StorageFull, Unavailable
+from dispatcher.limits import bounded_listing
 from dispatcher.local_files import PARTIAL, LocalReader, is_partial, walk
 
 _BLOCK = 1 << 20
@@ -47,7 +47,7 @@ class LocalArtifacts:
     def create(self, path: str, *, size: int | None = None) -> ArtifactWriter:
         return _LocalWriter(self, self._inside(path), size or 0)
 
-    def compose(self, path: str, parts: Sequence[str], *, scratch: str | None = None) -> ComposedFile:
+    def compose(self, path: str, parts: Sequence[str], *, scratch: str | None = None) -> StoredFile:
         files = [self._inside(part) for part in checked_parts(parts)]
         sizes = []
         for file in files:
@@ -59,7 +59,7 @@ class LocalArtifacts:
                 with LocalReader(file) as reader:
                     for start in range(0, reader.size, _BLOCK):
                         writer.write(reader.read(start, _BLOCK))
-            return ComposedFile(writer.commit(), writer.withdraw)
+            return writer.commit()
         finally:
             writer.discard()
 
@@ -69,9 +69,10 @@ class LocalArtifacts:
 
     def list(self, uri: str, *, checksums: bool = True) -> list[StoredFile]:
         top = path_of(uri)
-        if not top.is_dir():
+        if not os.path.isdir(top):  # Path.is_dir raises for a name that is too long
             return []
-        found = [StoredFile(name, size, self.checksum(path) if checksums else "") for name, path, size in walk(top)]
+        files = bounded_listing(walk(top), uri)
+        found = [StoredFile(name, size, self.checksum(path) if checksums else "") for name, path, size in files]
         return sorted(found, key=lambda file: file.name)
 
     def read(self, uri: str, *, limit: int = SMALL_FILE_LIMIT) -> bytes:
@@ -90,6 +91,7 @@ class LocalArtifacts:
         if not top.is_dir() or top.is_symlink():
             existed = top.is_symlink() or top.exists()
             top.unlink(missing_ok=True)
+            self._prune(top)
             return int(existed)
         count = 0
         try:
@@ -103,6 +105,7 @@ class LocalArtifacts:
             top.rmdir()
         except OSError as error:
             raise Unavailable(f"{top} cannot be removed: {error.strerror}") from error
+        self._prune(top)
         return count
 
     def remove_unpublished(self, path: str) -> int:
@@ -145,6 +148,16 @@ class LocalArtifacts:
         with self._lock:
             self._checksums[key] = crc32c
 
+    def _prune(self, removed: Path) -> None:
+        """Remove the folders that are empty now: as in a bucket, there is none without a file."""
+        for folder in removed.parents:
+            if folder == self._root:
+                return
+            try:
+                folder.rmdir()
+            except OSError:
+                return  # somebody has put a file into it
+
     def _inside(self, path: str) -> Path:
         return self._root / PurePosixPath(checked_path(path))
 
@@ -161,11 +174,6 @@ def _reserve(descriptor: int, size: int) -> None:
             raise
 
 
-def _identity(facts: os.stat_result) -> tuple[int, int]:
-    """What tells a file from another that has its name; an inode's number alone is used again."""
-    return facts.st_ino, facts.st_mtime_ns
-
-
 class _LocalWriter:
     """Writes a hidden temporary file beside its target; `commit` links it into place."""
 
@@ -176,10 +184,8 @@ class _LocalWriter:
         self._crc = Crc32c()
         self._size = 0
         self._descriptor = -1
-        self._created: tuple[int, int] | None = None
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            self._descriptor = self._opened()
             if reserve:
                 _reserve(self._descriptor, reserve)
         except OSError as error:
@@ -204,7 +210,6 @@ class _LocalWriter:
             self._close()
             stored = StoredFile(self._target.name, self._size, self._crc.text)
             if self._published():
-                self._created = _identity(facts)
                 self._store.remember((str(self._target), facts.st_size, facts.st_mtime_ns), stored.crc32c)
                 return stored
             found = (self._target.stat().st_size, self._store.checksum(self._target))
@@ -224,14 +229,12 @@ class _LocalWriter:
         with suppress(OSError):
             self._temporary.unlink(missing_ok=True)
 
-    def withdraw(self) -> None:
-        try:
-            if self._created is not None and _identity(self._target.stat()) == self._created:
-                self._target.unlink()
-        except FileNotFoundError:
-            pass  # somebody was faster
-        except OSError as error:
-            raise Unavailable(f"{self._target} cannot be removed: {error.strerror}") from error
+    def _opened(self) -> int:
+        while True:
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            # The folder may be removed just now, with the last file that was in it.
+            with suppress(FileNotFoundError):
+                return os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
 
     def _published(self) -> bool:
         """Put the file in place unless the name is taken; whether it did."""

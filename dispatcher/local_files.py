@@ -32,10 +32,12 @@ def walk(top: Path) -> Iterator[tuple[str, Path, int]]:
                 raise SourceError(
                     f"the file name {os.fsencode(path)!r} is not UTF-8: rename the file", code="file_name_invalid"
                 )
-            if path.is_symlink() and (name in folders or real_top not in path.resolve().parents):
+            if not path.is_symlink():
+                continue
+            target = Path(os.path.realpath(path))  # which is a link still, where links lead in a circle
+            if name in folders or real_top not in target.parents or target.is_symlink():
                 raise SourceError(
-                    f"{path} is a symbolic link to {path.resolve()}: copy the files instead (cp -rL)",
-                    code="link_refused",
+                    f"{path} is a symbolic link to {target}: copy the files instead (cp -rL)", code="link_refused"
                 )
         for name in files:
             path = Path(directory) / name

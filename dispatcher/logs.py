@@ -11,6 +11,8 @@ from typing import Any, TextIO
 
 MAX_TEXT = 8_000
 """Longest text of a field, in characters; Cloud Logging refuses entries over 256 KiB."""
+MAX_READ = 256 << 10
+"""Of a longer text only as many characters are looked at: the search for secrets takes its time."""
 _NAMES = "api|hub_download|hub_url|raise_for_status|token|transfer|xet"
 """What begins like a token of Hugging Face's and is a name, in tracebacks and in our own messages."""
 _SECRETS = (
@@ -24,7 +26,14 @@ _SECRETS = (
     (re.compile(r"(?i)\b((?:X-(?:Amz|Goog)-)?Signature=)[^&\s'\"<>)]+"), r"\1[removed]"),
     (re.compile(r"(?i)\b(bearer\s+|authorization\W{1,4}basic\s+)[A-Za-z0-9._~+/=-]+"), r"\1[removed]"),
 )
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+_RISKY = (
+    r"\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    r"\U000e0000-\U000e007f"
+)
+"""What makes a line, a terminal or a reader show something else than is there: control characters, line separators,
+marks of direction and of no width, half surrogate pairs. Source: https://www.unicode.org/reports/tr36/"""
+_CONTROL = re.compile(rf"[\x00-\x1f{_RISKY}]")
+_CONTROL_IN_LINES = re.compile(rf"[\x00-\x08\x0b-\x1f{_RISKY}]")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 _BOUND: ContextVar[Mapping[str, Any]] = ContextVar("gemma_export_log_fields", default={})  # noqa: B039  # never mutated
@@ -37,12 +46,29 @@ def redact(text: str) -> str:
     return text
 
 
-def clean(text: str, *, limit: int = MAX_TEXT) -> str:
-    """`text` without secrets, with control characters escaped and what is over `limit` characters cut."""
+def clean(text: str, *, limit: int = MAX_TEXT, lines: bool = False) -> str:
+    """`text` of one line, without secrets, with what is not what it looks like escaped: at most `limit` characters.
+
+    What is clean stays as it is.
+
+    Args:
+        limit: What is longer is cut, and says so.
+        lines: Leave line breaks and tabs, as in a traceback.
+    """
+    whole, text = len(text), text[:MAX_READ]
     # Redacted before the cut, or a cut through a token would leave its first half.
-    text = _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), redact(text))
-    text = text.encode(errors="backslashreplace").decode()  # half a surrogate pair is no text that travels
-    return text if len(text) <= limit else f"{text[:limit]}… ({len(text) - limit} more characters)"
+    text = redact(text)
+    if whole > MAX_READ:
+        text = "".join(text.rsplit(maxsplit=1)[:-1])  # it may be the first half of a token
+    text = (_CONTROL_IN_LINES if lines else _CONTROL).sub(_escaped, text)
+    if len(text) <= limit and whole <= MAX_READ:
+        return text
+    told = f"… (cut: it has {whole} characters)"
+    return text[: max(0, limit - len(told))] + told
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match.group().encode("unicode_escape").decode()
 
 
 @contextmanager
@@ -81,7 +107,7 @@ class SecretFilter(logging.Filter):
         if record.exc_info and not record.exc_text:
             record.exc_text = logging.Formatter().formatException(record.exc_info)
         if record.exc_text:
-            record.exc_text = clean(record.exc_text)
+            record.exc_text = clean(record.exc_text, lines=True)
             # A later formatter would otherwise render the exception again, token and all.
             record.exc_info = None
         return True

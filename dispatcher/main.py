@@ -8,6 +8,7 @@ import base64
 import binascii
 import json
 import logging
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from dispatcher.errors import (
     Unauthenticated,
 )
 from dispatcher.identity import caller
+from dispatcher.limits import MAX_BODY_BYTES, PAGE, RETRY_AFTER_SECONDS
 from dispatcher.logs import bound, clean, traceparent_of
 from dispatcher.service import Service
 from dispatcher.sweep import swept
@@ -38,10 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dispatcher")
 
-MAX_BODY_BYTES = 64 << 10
 MAX_DRAIN_BYTES = 1 << 20
 """Of a refused body this much is read, so that a client that is still sending gets to read the answer."""
-PAGE = 100
 LOCAL_USER_KEY = "gemma_export.local_user"
 """WSGI environ key that `gemma-export serve` sets; no HTTP header can."""
 
@@ -58,14 +58,9 @@ def export_api(request: "flask.Request") -> Answer:
 
 
 def sweep(request: "flask.Request") -> Answer:
-    """Sweep once, for Cloud Scheduler, which is to POST here every five minutes; see `dispatcher.sweep`.
+    """Sweep once, for Cloud Scheduler to POST to every five minutes: 200 and counts, 503 if not all got through.
 
-    Nothing in the request is read, and there is no user: only Scheduler's service account may be allowed to invoke this
-    function (`roles/run.invoker`).
-
-    Returns:
-        200 and how often what was done; 503 and a problem document, which says that too in `done`, where something did
-        not get through.
+    Nothing of the request is read. It is IAM that keeps others out: Scheduler's service account alone may invoke this.
     """
     return _answered(request, _swept)
 
@@ -81,8 +76,14 @@ def _answered(request: "flask.Request", handler: Callable[["flask.Request"], Ans
             answer = _problem(error)
         milliseconds = round((time.perf_counter() - began) * 1000)
         ids = request.environ.get(IDS_KEY, {})
-        logger.info("%s %s -> %d in %d ms", request.method, request.path, answer[1], milliseconds, extra=ids)
+        method, path = clean(request.method, limit=20), clean(request.path, limit=300)
+        logger.info("%s %s -> %d in %d ms", method, path, answer[1], milliseconds, extra=ids)
     return answer
+
+
+def _unrouted(_: Exception) -> Answer:
+    """What Flask has no route for, as a path with a line break in it."""
+    return _problem(NotFound("there is no such route", code="route_not_found"))
 
 
 def start_export(cloud_event: "CloudEvent") -> None:
@@ -170,7 +171,7 @@ def _swept(request: "flask.Request") -> Answer:
 
 
 def _health(request: "flask.Request", _: str) -> Answer:
-    return _json({"status": "healthy", "service": "export"})
+    return _json(answers.Health().model_dump())
 
 
 def _submit(request: "flask.Request", _: str) -> Answer:
@@ -194,7 +195,7 @@ def _list(request: "flask.Request", _: str) -> Answer:
         raise InvalidRequest("after in the query has not the form of an export id")
     records = service.list_exports(user, job_id=job_id, limit=PAGE, after=after)
     following = records[-1].export_id if len(records) == PAGE else None
-    return _json({"exports": [answers.status(record, service.now()) for record in records], "next": following})
+    return _json(answers.page(records, service.now(), following=following))
 
 
 def _status(request: "flask.Request", export_id: str) -> Answer:
@@ -272,8 +273,10 @@ def _problem(error: Exception) -> Answer:
         logger.warning("refused: %s", refusal.message)
     elif refusal.status is HTTPStatus.SERVICE_UNAVAILABLE:
         logger.warning("unavailable: %s", refusal.message, exc_info=error)
-    headers = {**refusal.headers, "Content-Type": "application/problem+json"}
-    text = json.dumps({**problem, "detail": clean(str(problem["detail"]))})
+    seconds = RETRY_AFTER_SECONDS.get(refusal.status)
+    headers = {"Retry-After": str(seconds)} if seconds else {}
+    headers |= {**refusal.headers, "Content-Type": "application/problem+json"}
+    text = json.dumps(answers.problem(problem))
     if refusal.error_code not in (BodyTooLarge.code, "body_incomplete"):
         return text, refusal.status, headers
     # functions-framework reads what is left of a body, if it can, unless the answer is a stream.
@@ -282,3 +285,15 @@ def _problem(error: Exception) -> Answer:
 
 def _json(document: dict[str, Any], status: int = HTTPStatus.OK, headers: dict[str, str] | None = None) -> Answer:
     return json.dumps(document), status, {**(headers or {}), "Content-Type": "application/json"}
+
+
+def _handle_unrouted() -> None:
+    """functions-framework runs this file in its app's context; whoever else imports it has none, and no Flask."""
+    if "flask" in sys.modules:
+        import flask
+
+        if flask.has_app_context():
+            flask.current_app.register_error_handler(HTTPStatus.NOT_FOUND, _unrouted)
+
+
+_handle_unrouted()

@@ -8,15 +8,17 @@ from collections.abc import Iterable
 
 import pydantic
 
-from dispatcher.artifacts import ArtifactStore, StoredFile, publish
+from dispatcher.artifacts import ArtifactStore, StoredFile
 from dispatcher.contract import ExportType
 from dispatcher.errors import SourceError
 
 ROOTS = {ExportType.MERGED: "merged_models", ExportType.GGUF: "gguf_models"}
 MANIFEST_NAME = "export.json"
 PARTS_SUFFIX = ".parts"
-SPOILT_NAME = "spoilt"
-"""In `{version}.parts/`: this version is never made, and never found finished, again."""
+SPOILT_PREFIX = "spoilt."
+"""In `{version}.parts/`, of a mark: whoever put it there may be removing the version, which is not made meanwhile."""
+COLLECTED_PREFIX = f"{SPOILT_PREFIX}collected."
+"""Of a collector's mark: a published version that bears it is not found finished either."""
 
 
 class _File(pydantic.BaseModel):
@@ -31,18 +33,15 @@ class _Manifest(pydantic.BaseModel):
     files: list[_File]
 
 
-def is_spoilt(artifacts: ArtifactStore, version: str) -> bool:
-    """Whether the version at a path is passed over for good: what lies there is, or will be, not what belongs there."""
-    return artifacts.exists(artifacts.uri(f"{version}{PARTS_SUFFIX}/{SPOILT_NAME}"))
+def spoilt_marks(artifacts: ArtifactStore, version: str) -> list[str]:
+    """The names of the marks beside the version at a path; with one it is not made, since it would be removed."""
+    names = artifacts.children(f"{version}{PARTS_SUFFIX}")
+    return [name for name in names if name.startswith(SPOILT_PREFIX)]
 
 
-def spoil(artifacts: ArtifactStore, version: str) -> None:
-    """Say to all who may make or find the version at a path that they take another; again is no harm.
-
-    Raises:
-        ExportError: It cannot be written.
-    """
-    publish(artifacts, f"{version}{PARTS_SUFFIX}/{SPOILT_NAME}", lambda writer: writer.write(b"spoilt\n"))
+def is_being_collected(marks: Iterable[str]) -> bool:
+    """Whether one of these marks says that even a published version is about to be removed."""
+    return any(mark.startswith(COLLECTED_PREFIX) for mark in marks)
 
 
 def listed_files(artifacts: ArtifactStore, manifest: str) -> list[StoredFile]:

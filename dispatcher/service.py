@@ -9,6 +9,7 @@ from enum import Enum, auto
 from typing import Any
 
 from dispatcher import lifecycle
+from dispatcher.admission import Admission, is_candidate
 from dispatcher.artifacts import ArtifactStore, StoredFile
 from dispatcher.contract import (
     RESULT_FIELD,
@@ -29,7 +30,6 @@ from dispatcher.errors import (
     Forbidden,
     JobNotCompleted,
     NotFound,
-    TooManyExports,
     Unavailable,
 )
 from dispatcher.lifecycle import Actor, transition
@@ -77,7 +77,7 @@ class Service:
         self._runner = runner
         self._tokens = tokens
         self._trigger = trigger
-        self._max_unfinished = max_unfinished_per_user
+        self._admission = Admission(records, max_unfinished_per_user)
         self._clock = clock
         self._links = DownloadLinks(artifacts, timedelta(seconds=download_url_seconds), clock)
 
@@ -215,9 +215,12 @@ class Service:
                 record = self._with_token(old, ref)
                 if record.state not in UNFINISHED:
                     continue
-                waits = record.state is State.QUEUED and self._trigger.is_overdue(record)
-                return self._trigger.publish(record, traceparent) if waits else record
-            self._refuse_too_many(user)
+                if record.state is not State.QUEUED or not self._trigger.is_overdue(record):
+                    return record
+                if is_candidate(record) and not self._admission.is_admitted(record):
+                    raise self._admission.refusal()  # whoever wrote it withdraws it
+                return self._trigger.publish(record, traceparent)
+            self._admission.ask(user)
             ref = ref or self._stored_token(request)
             if old is None:
                 new = lifecycle.requested(
@@ -239,8 +242,16 @@ class Service:
                     **anew,
                 )
                 won = self._records.replace_export(old, new)
-            if won:
+            if not won:
+                continue
+            if self._admission.is_admitted(new):
                 return self._trigger.publish(new, traceparent)
+            withdrawn = lifecycle.withdrawn(new, before=old, now=self._clock())
+            if self._records.replace_export(new, withdrawn):
+                if ref is not None and withdrawn.token_ref != ref:
+                    with _logged("the token is left to its time to live"):
+                        self._tokens.delete(ref)
+                raise self._admission.refusal()
         raise _contended(request.export_id)
 
     def _standing(self, record: ExportRecord, fingerprint: str) -> _Standing:
@@ -254,14 +265,6 @@ class Service:
         except NotFound:
             return _Standing.STALE
         return _Standing.CURRENT if whole else _Standing.DAMAGED
-
-    def _refuse_too_many(self, user: str) -> None:
-        unfinished = self._records.list_exports(user_id=user, states=UNFINISHED, limit=self._max_unfinished)
-        if len(unfinished) >= self._max_unfinished:
-            raise TooManyExports(
-                f"{len(unfinished)} exports of yours are unfinished, which is the limit: wait for one to end",
-                headers={"Retry-After": "60"},
-            )
 
     def _stored_token(self, request: ExportRequest) -> str | None:
         if request.hf_token is None:

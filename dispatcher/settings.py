@@ -13,6 +13,8 @@ DEFAULT_BUCKET = "gemma-export-bucket"
 MAX_DOWNLOAD_URL_SECONDS = 12 * 3600
 """A key of Google's own, which keyless signing uses, may be gone after that."""
 MAX_LEASE_SECONDS = 24 * 3600
+CLOCK_SKEW_SECONDS = 120
+"""Two clocks, each a minute off"""
 _SCHEMES = {
     "RECORDS_URL": ("sqlite", "firestore"),
     "ARTIFACTS_URL": ("file", "gs"),
@@ -49,6 +51,8 @@ class Settings:
     """No cloud setting anywhere: only then may a local user exist."""
     project_id: str | None = None
     lease_seconds: int = 120
+    clock_skew_seconds: int = 0
+    """How much longer a lease is good in the record, where machines with clocks of their own judge it"""
     max_unfinished_per_user: int = 20
     max_attempts: int = 4
     """As many as a first try and the three retries that Cloud Run and the embedded runner make."""
@@ -109,6 +113,7 @@ class Settings:
             embedded=not cloud,
             project_id=project,
             lease_seconds=_number(env, "LEASE_SECONDS", cls.lease_seconds, at_least=1, at_most=MAX_LEASE_SECONDS),
+            clock_skew_seconds=_number(env, "CLOCK_SKEW_SECONDS", CLOCK_SKEW_SECONDS if cloud else 0, at_least=0),
             max_unfinished_per_user=_number(env, "MAX_UNFINISHED_PER_USER", cls.max_unfinished_per_user, at_least=1),
             max_attempts=_number(env, "MAX_ATTEMPTS", cls.max_attempts, at_least=1),
             engine=_choice(env, "ENGINE", cls.engine, _ENGINES),
@@ -150,6 +155,7 @@ class Settings:
             "RUNNER_URL": self.runner_url,
             "TOKENS_URL": self.tokens_url,
             "LEASE_SECONDS": str(self.lease_seconds),
+            "CLOCK_SKEW_SECONDS": str(self.clock_skew_seconds),
             "MAX_ATTEMPTS": str(self.max_attempts),
             "ENGINE": self.engine,
             "MEMORY_BUDGET_MIB": str(self.memory_budget_mib),

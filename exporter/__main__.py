@@ -5,12 +5,9 @@ import hashlib
 import json
 import logging
 import secrets
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from dispatcher import logs
 from dispatcher.artifacts import open_artifacts
@@ -19,6 +16,7 @@ from dispatcher.errors import ExportError, InvalidRequest
 from dispatcher.records import open_records
 from dispatcher.settings import Settings
 from dispatcher.tokens import open_tokens
+from exporter.stopping import Stop
 
 log = logging.getLogger("exporter")
 
@@ -28,8 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     if args.inspect:
         return _inspect(args.inspect, args.base)
-    stop = threading.Event()
-    _stop_on_signals(stop)
+    stop = Stop()
+    stop.on_signals()
+    stop.enforce()
     logs.configure(sys.stderr, {"job_id": args.job_id})
     try:
         settings = Settings.from_env()
@@ -46,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InvalidRequest("--quantization goes with --export-type gguf.", code="invalid_request")
         # After the cheap checks: it brings in torch.
         from exporter.job import Stores, run_job
+        from exporter.lease import Term
         from exporter.making import Checks
         from exporter.order import Order
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             records=open_records(settings.records_url),
             artifacts=open_artifacts(settings.artifacts_url),
             tokens=open_tokens(settings.tokens_url, ttl_seconds=settings.token_ttl_seconds),
-            lease_seconds=settings.lease_seconds,
+            term=Term(settings.lease_seconds, settings.clock_skew_seconds),
             max_attempts=settings.max_attempts,
             checks=Checks(logits=settings.verify_logits, memory_budget=settings.memory_budget_mib << 20),
             base_cache=settings.base_cache,
@@ -100,17 +100,6 @@ def _inspect(adapter: Path, base: str | None) -> int:
 def _nonce(execution: str) -> str:
     """The same for every attempt of an execution, which goes on where the one before ended."""
     return hashlib.sha256(execution.encode()).hexdigest()[:8]
-
-
-def _stop_on_signals(stop: threading.Event) -> None:
-    """SIGTERM and a first Ctrl-C give the export back to the queue; a second Ctrl-C ends at once."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
 
 
 def _parser() -> argparse.ArgumentParser:

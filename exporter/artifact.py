@@ -5,13 +5,14 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dispatcher.artifacts import ArtifactStore, StoredFile, file_uri
 from dispatcher.contract import Artifact, ExportRecord, ExportType, TrainingJob, fingerprint_of
 from dispatcher.errors import ArtifactConflict, ExportError, VerificationFailed
-from dispatcher.published import MANIFEST_NAME, ROOTS
+from dispatcher.published import MANIFEST_NAME, ROOTS, is_being_collected, spoilt_marks
 from exporter.attempt import Attempt
 from exporter.byte_source import changed
 from exporter.lease import Hold
@@ -97,10 +98,11 @@ class Work:
             return self._made(identity, recipe, tasks)
         except ArtifactConflict as error:
             # With what a killed attempt left, on a machine that rounds otherwise; or another attempt has published it.
-            log.warning("what is there is recorded, or else another version is made: %s", error.message)
+            log.warning("what is there is recorded, or else made anew: %s", error.message)
             found, manifest = _settled(self.store, self.job.job_id, identity)
-            settled = manifest is not None or tasks.count > 1  # several have spoilt it, so that it was passed over
-            return self._made(found if settled else found.instead(), recipe, tasks)
+            # Several tasks have spoilt it, so that it was passed over; one alone has removed it, if that was its to do.
+            in_the_way = tasks.count == 1 and self.store.children(_directory(self.job.job_id, found))
+            return self._made(found.instead() if manifest is None and in_the_way else found, recipe, tasks)
 
     def _made(self, wanted: Identity, recipe: Recipe, tasks: Tasks) -> Result | None:
         """The first version of an identity that is not spoilt: found, or written now."""
@@ -112,6 +114,7 @@ class Work:
             _drop_parts(attempt)
             return _result(self.store, directory, manifest, {}, identity)
         self.hold.agree(identity.version, instead_of=identity.nonce)
+        self.hold.cleared_by(partial(_clear, attempt, self.hold))
         if tasks.count == 1 and self.hold.is_ours():
             self.store.remove_unpublished(directory)
             self.store.remove_unpublished(attempt.parts_directory)
@@ -141,7 +144,8 @@ class Work:
                 run["logits"] = made.logits
             publish_manifest(self.store, directory, manifest, run)
         except BaseException as error:
-            _take_back(attempt, self.hold, parts=not _goes_on(error))
+            if not _goes_on(error) or self.hold.is_cancelled():
+                _take_back(attempt, self.hold)
             if tasks.count > 1 and isinstance(error, ArtifactConflict | VerificationFailed):
                 attempt.spoil()  # no task can tell whether others still count on what is wrong there
             raise
@@ -176,12 +180,15 @@ def _settled(store: ArtifactStore, job_id: str, identity: Identity) -> tuple[Ide
     """
     while True:
         directory = _directory(job_id, identity)
-        if Attempt(store, directory).is_spoilt:
+        # The marks first: whoever marks it after this look sees our claim in the record, and leaves it as it is.
+        marks = spoilt_marks(store, directory)
+        published = store.exists(store.uri(f"{directory}/{MANIFEST_NAME}"))
+        if not published and not marks:
+            return identity, None
+        if not published or is_being_collected(marks):
             log.warning("another version is made instead: what lies in %s is not what belongs there", directory)
             identity = identity.instead()
             continue
-        if not store.exists(store.uri(f"{directory}/{MANIFEST_NAME}")):
-            return identity, None
         try:
             manifest = read_manifest(store, directory)
         except VerificationFailed as error:
@@ -198,13 +205,18 @@ def _goes_on(error: BaseException) -> bool:
     return isinstance(error, ExportError) and error.retryable and error.error_code != "source_changed"
 
 
-def _take_back(attempt: Attempt, hold: Hold, *, parts: bool) -> None:
+def _take_back(attempt: Attempt, hold: Hold) -> None:
     """Remove what a failed attempt published; what failed it counts, and not that this fails too."""
     try:
         if not attempt.store.exists(attempt.store.uri(f"{attempt.directory}/{MANIFEST_NAME}")):
-            attempt.withdraw(hold, parts=parts)
+            attempt.withdraw(hold)
     except ExportError as error:
         log.warning("files stay in %s: %s", attempt.directory, error.message)
+
+
+def _clear(attempt: Attempt, hold: Hold) -> None:
+    """Remove all that the attempt at a cancelled export wrote, half-written files too, while its work hangs."""
+    _take_back(attempt, hold)
 
 
 def _drop_parts(attempt: Attempt) -> None:

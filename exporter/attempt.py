@@ -1,28 +1,22 @@
-"""What one attempt publishes of a version, and takes back when it fails."""
+"""What one attempt publishes of a version, and what is removed when it fails for good."""
 
+import contextlib
+import secrets
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 
 from dispatcher.artifacts import ArtifactStore, ArtifactWriter, StoredFile, publish
-from dispatcher.errors import NotFound, Unavailable
-from dispatcher.published import PARTS_SUFFIX, is_spoilt, spoil
+from dispatcher.errors import LeaseLost, NotFound, StorageFull, Unavailable
+from dispatcher.published import PARTS_SUFFIX, SPOILT_PREFIX, spoilt_marks
 from exporter.lease import Hold
-
-
-@dataclass(frozen=True)
-class _Published:
-    withdraw: Callable[[], object]
-    is_part: bool
-    """Whether another attempt can go on from it"""
 
 
 class Attempt:
     """The files of one attempt at a version.
 
     Others may publish into the same directory: an attempt before us that was killed, one after us that took over, other
-    tasks of our execution. They write the same bytes under the same names, so what they left is used; and what is
-    removed is only what this very attempt created, or found finished and took over.
+    tasks of our execution. They write the same bytes under the same names, so what they left is used.
 
     Args:
         store: Where to.
@@ -34,7 +28,9 @@ class Attempt:
         self.directory = directory
         self.parts_directory = f"{directory}{PARTS_SUFFIX}"
         """Beside it: what other attempts can go on from, until the version is published"""
-        self._published: list[_Published] = []
+        self._mark = f"{self.parts_directory}/{SPOILT_PREFIX}{secrets.token_hex(8)}"
+        self._lock = threading.Lock()
+        self._is_withdrawn = False
 
     def publish(
         self,
@@ -43,7 +39,6 @@ class Attempt:
         *,
         size: int | None = None,
         folder: str | None = None,
-        is_part: bool = False,
     ) -> StoredFile:
         """Publish a file under a name relative to the directory; returned with that name.
 
@@ -52,23 +47,22 @@ class Attempt:
             fill: Writes it.
             size: Bytes, if known.
             folder: Another directory.
-            is_part: Whether another attempt can go on from it.
 
         Raises:
             ArtifactConflict, StorageFull: As `dispatcher.artifacts.publish`.
+            LeaseLost: All was withdrawn meanwhile.
         """
 
-        def noted(writer: ArtifactWriter) -> None:
-            self._published.append(_Published(writer.withdraw, is_part))
+        def filled(writer: ArtifactWriter) -> None:
+            self._refuse_withdrawn()
             fill(writer)
+            self._refuse_withdrawn()
 
         path = f"{folder or self.directory}/{name}"
-        return replace(publish(self.store, path, noted, size=size), name=name)
+        return replace(publish(self.store, path, filled, size=size), name=name)
 
     def compose(self, name: str, parts: Sequence[str]) -> StoredFile:
         """Put parts of `parts_directory` together into a file of the directory; returned with its name there.
-
-        The file counts as taken over, even if another attempt had put it together before.
 
         Args:
             name: The file's name.
@@ -77,23 +71,23 @@ class Attempt:
         Raises:
             ArtifactConflict, StorageFull, Unavailable: As `ArtifactStore.compose`; and where a part is gone, since
                 whoever published the version removes them (`artifact_vanished`).
+            LeaseLost: All was withdrawn meanwhile.
         """
+        self._refuse_withdrawn()
         path = f"{self.directory}/{name}"
         paths = [f"{self.parts_directory}/{part}" for part in parts]
         try:
-            composed = self.store.compose(path, paths, scratch=self.parts_directory)
+            return replace(self.store.compose(path, paths, scratch=self.parts_directory), name=name)
         except NotFound as error:
             raise Unavailable(
                 f"a part of {path} was removed while they were put together; nothing was published. Try again.",
                 code="artifact_vanished",
             ) from error
-        self.take_over(path)
-        return replace(composed.stored, name=name)
 
     @property
     def is_spoilt(self) -> bool:
-        """Whether some attempt found that what lies there is not what belongs there."""
-        return is_spoilt(self.store, self.directory)
+        """Whether what lies there is not what belongs there, or is being removed."""
+        return bool(spoilt_marks(self.store, self.directory))
 
     def spoil(self) -> None:
         """Say to all attempts and tasks that this version cannot be made any more: that they make another.
@@ -101,22 +95,34 @@ class Attempt:
         Raises:
             ExportError: It cannot be written.
         """
-        spoil(self.store, self.directory)
+        publish(self.store, self._mark, lambda writer: writer.write(b"spoilt\n"))
 
-    def take_over(self, path: str) -> None:
-        """Go on from a file that another attempt left: it is this one's to remove now."""
-        self._published.append(_Published(partial(self.store.delete_prefix, path), is_part=True))
+    def withdraw(self, hold: Hold) -> None:
+        """Remove all that lies there, whoever wrote it, unless somebody else can be counting on it.
 
-    def withdraw(self, hold: Hold, *, parts: bool = True) -> None:
-        """Remove what this attempt created or took over, as long as nobody else can be counting on it.
+        This process may be stopped for an hour between any two steps, while another attempt goes on from what is there.
+        So the version is marked first, and then it is asked whether it still is ours: whoever claims the export after
+        that finds the mark, and makes another version.
 
-        That is asked before every file: a caller may cancel and ask again, and another begin, at any moment.
+        The work may call this, and whoever ends the process when the work does not.
 
-        Args:
-            hold: What we work under.
-            parts: Also what another attempt can go on from.
+        Raises:
+            ExportError: A file cannot be removed; the mark stays.
         """
-        while self._published and hold.is_ours():
-            published = self._published.pop()
-            if parts or not published.is_part:
-                published.withdraw()
+        with self._lock:
+            self._is_withdrawn = True
+            if not hold.is_ours():
+                return
+            # Where there is no room for the mark, there is none to go on with either.
+            with contextlib.suppress(StorageFull):
+                self.spoil()
+            if hold.is_ours():
+                self.store.delete_prefix(self.directory)
+                for name in self.store.children(self.parts_directory):
+                    if not name.startswith(SPOILT_PREFIX):  # each task of several removes its own mark when it is done
+                        self.store.delete_prefix(f"{self.parts_directory}/{name}")
+            self.store.delete_prefix(self._mark)
+
+    def _refuse_withdrawn(self) -> None:
+        if self._is_withdrawn:
+            raise LeaseLost(f"what this attempt wrote in {self.directory} was withdrawn: stop before the next write")

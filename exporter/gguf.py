@@ -39,6 +39,7 @@ from exporter.merged_tensors import MergedTensors
 from exporter.modelfile import MODELFILE_NAME, modelfile
 from exporter.plan import Plan
 from exporter.quantized import config_bytes
+from exporter.scratch import scratch_directory
 from exporter.side_by_side import one_at_a_time
 from exporter.sources import MAX_CONFIG_BYTES
 
@@ -202,8 +203,8 @@ def _laid_out(model: Model) -> Iterator[Path]:
         StorageFull: No room there, now or while it is used.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
-            directory = Path(scratch) / model.name
+        with scratch_directory() as scratch:
+            directory = scratch / model.name
             directory.mkdir()
             (directory / "config.json").write_bytes(config_bytes(model.config))
             for name, source in model.side_files.items():

@@ -71,8 +71,6 @@ def write_gguf(
     found = parts.finished(sizes)
     if found:
         log.info("going on from %d of %d parts that are finished", len(found), len(sizes))
-    for name in found:
-        parts.take_over(name)
     progress = Progress(report, "quantizing", file.size, sum(sizes[name] for name in found))
     for part in tasks.deal(planned, [part.weights for part in planned]):
         if part.name not in found:
@@ -85,7 +83,6 @@ def write_gguf(
         return None
     deltas: dict[str, Delta] = {}
     for name in sizes:
-        parts.take_over(name)
         for tensor, delta in found[name].deltas.items():
             note(deltas, tensor, delta)
     stored = found[file.name].file if planned[0].is_whole else attempt.compose(file.name, [*sizes])

@@ -2,7 +2,6 @@
 
 import contextvars
 import logging
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -17,11 +16,12 @@ from dispatcher.records import RecordStore, update
 from dispatcher.tokens import TokenStore
 from exporter.artifact import Result
 from exporter.gguf_export import export_gguf
-from exporter.lease import Claim, Heartbeat, Interrupted, claim, leave, utc_now
+from exporter.lease import SHUTTING_DOWN, Claim, Heartbeat, Interrupted, Term, claim, leave, utc_now
 from exporter.making import Checks
 from exporter.merged import export_merged
 from exporter.order import Order, ordered
 from exporter.shared_pass import Share, SharedPass
+from exporter.stopping import TRY_AGAIN, Stop
 
 log = logging.getLogger(__name__)
 MAX_ERROR_CHARACTERS = 2000
@@ -36,8 +36,8 @@ class ExitCode(IntEnum):
     """Nothing is left for this execution to do."""
     FAILED = 1
     """Failed for good; the record says why."""
-    TRY_AGAIN = 75
-    """A passing fault (EX_TEMPFAIL of sysexits.h)."""
+    TRY_AGAIN = TRY_AGAIN
+    """A passing fault."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Stores:
     records: RecordStore
     artifacts: ArtifactStore
     tokens: TokenStore
-    lease_seconds: int
+    term: Term
+    """Of the leases it takes"""
     max_attempts: int
     checks: Checks = field(default_factory=Checks)
     base_cache: bool = True
@@ -56,7 +57,7 @@ class Stores:
     """The deployment's own Hugging Face token, used where the caller gave none."""
 
 
-def run_job(order: Order, stores: Stores, stop: threading.Event) -> ExitCode:
+def run_job(order: Order, stores: Stores, stop: Stop) -> ExitCode:
     """Do every export that this order is about; one's failure does not keep the others from being made.
 
     Raises:
@@ -90,9 +91,7 @@ def _groups(records: list[ExportRecord]) -> list[list[ExportRecord]]:
     return groups
 
 
-def _run_group(
-    group: list[ExportRecord], order: Order, stores: Stores, job: TrainingJob, stop: threading.Event
-) -> ExitCode:
+def _run_group(group: list[ExportRecord], order: Order, stores: Stores, job: TrainingJob, stop: Stop) -> ExitCode:
     """Run exports side by side that share their pass over the base; each is claimed, and fails, by itself."""
     shared = SharedPass(len(group), memory_budget=stores.checks.memory_budget)
 
@@ -129,7 +128,7 @@ def _claimed(order: Order, export_id: str, stores: Stores) -> Claim:
         export_id,
         execution=order.execution,
         handed=handed,
-        seconds=stores.lease_seconds,
+        term=stores.term,
         tasks=order.task_count,
     )
 
@@ -139,7 +138,7 @@ def _run_export(
     order: Order,
     stores: Stores,
     job: TrainingJob,
-    stop: threading.Event,
+    stop: Stop,
     share: Share,
 ) -> ExitCode:
     if record.state is State.FAILED and record.execution == order.execution:
@@ -151,8 +150,9 @@ def _run_export(
         log.info("nothing to do: %s", error.message)
         return ExitCode.DONE
     log.info("claimed %s, attempt %d", record.export_id, claimed.record.attempt)
+    release = partial(_give_up, claimed, Interrupted(SHUTTING_DOWN), order, stores)
     try:
-        with Heartbeat(stores.records, claimed, seconds=stores.lease_seconds, stop=stop) as heartbeat:
+        with Heartbeat(stores.records, claimed, stop=stop, release=release) as heartbeat:
             result = _make(claimed.record, order, stores, job, heartbeat, share)
         if result is None:
             leave(stores.records, claimed)

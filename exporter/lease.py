@@ -17,6 +17,7 @@ from dispatcher.errors import ExportError, IllegalTransition, LeaseLost, Unavail
 from dispatcher.lifecycle import LAUNCH_GRACE_SECONDS, Actor, holds_live_lease, renewed, transition
 from dispatcher.records import RecordStore, update
 from dispatcher.shared_lease import agreed, asked_anew, joined, left_to_others
+from exporter.stopping import Stop
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
@@ -24,6 +25,9 @@ BEAT_SECONDS = 1.0
 WRITE_SECONDS = 2.0
 """How often stage and progress are written at most, by all tasks together: Firestore takes about one write a second to
 one document."""
+
+
+SHUTTING_DOWN = "the machine is shutting down; the export goes back to the queue"
 
 
 class Interrupted(ExportError):
@@ -34,11 +38,27 @@ class Interrupted(ExportError):
 
 
 @dataclass(frozen=True)
+class Term:
+    """How long a lease lasts without a heartbeat."""
+
+    seconds: int
+    """After which its holder stops by itself"""
+    clock_skew_seconds: int = 0
+    """How much longer it is good in the record: others judge it by clocks of their own, and must not take it before its
+    holder has noticed"""
+
+    def end(self, now: datetime) -> datetime:
+        """When a lease expires that is given, or extended, now."""
+        return now + timedelta(seconds=self.seconds + self.clock_skew_seconds)
+
+
+@dataclass(frozen=True)
 class Claim:
     """A claimed export: its record as of then, and the lease that says it is ours."""
 
     record: ExportRecord
     lease_id: str
+    term: Term
     tasks: int = 1
     """How many tasks of the execution may hold it together."""
 
@@ -49,7 +69,7 @@ def utc_now() -> datetime:
 
 
 def claim(
-    records: RecordStore, export_id: str, *, execution: str, handed: str | None, seconds: int, tasks: int = 1
+    records: RecordStore, export_id: str, *, execution: str, handed: str | None, term: Term, tasks: int = 1
 ) -> Claim:
     """Take an export, or take it over where the rules allow that.
 
@@ -61,7 +81,7 @@ def claim(
         export_id: Which export.
         execution: Who takes it; the earlier attempt of an execution with one task is taken over at once.
         handed: The trigger's lease id, if it handed one.
-        seconds: How long the lease is good without a heartbeat.
+        term: How long the lease is good without a heartbeat.
         tasks: How many tasks the execution has.
 
     Raises:
@@ -73,7 +93,7 @@ def claim(
 
     def change(record: ExportRecord) -> ExportRecord:
         now = utc_now()
-        lease = Lease(lease_id=lease_id, owner=execution, expires_at=now + timedelta(seconds=seconds))
+        lease = Lease(lease_id=lease_id, owner=execution, expires_at=term.end(now))
         if tasks > 1 and record.state is State.RUNNING and record.lease and record.lease.owner == execution:
             return joined(record, execution=execution, expires_at=lease.expires_at, now=now)
         if tasks > 1 and handed and asked_anew(record, handed=handed):
@@ -91,7 +111,7 @@ def claim(
         )
 
     record = update(records, export_id, change)
-    return Claim(record, record.lease.lease_id if record.lease else lease_id, tasks)
+    return Claim(record, record.lease.lease_id if record.lease else lease_id, term, tasks)
 
 
 def leave(records: RecordStore, claimed: Claim) -> None:
@@ -117,15 +137,20 @@ class Heartbeat:
     Args:
         records: The store.
         claimed: What to hold.
-        seconds: How long each extension is good.
-        stop: Set by the SIGTERM handler.
+        stop: Says when the process is to stop, and gives the export back where the work cannot.
+        release: Writes down that the export is not worked on any more.
     """
 
-    def __init__(self, records: RecordStore, claimed: Claim, *, seconds: int, stop: threading.Event) -> None:
+    def __init__(
+        self, records: RecordStore, claimed: Claim, *, stop: Stop, release: Callable[[], object] = lambda: None
+    ) -> None:
         self._records = records
         self._claim = claimed
-        self._seconds = seconds
+        self._seconds = claimed.term.seconds
         self._stop = stop
+        self._release = release
+        self._clear: Callable[[], object] | None = None
+        self._is_cancelled = False
         self._stage, self._progress = "claimed", 0.0
         self._error: ExportError | None = None
         self._written = time.monotonic()
@@ -137,6 +162,8 @@ class Heartbeat:
         )
 
     def __enter__(self) -> "Heartbeat":
+        self._holding = self._stop.holding(self)
+        self._holding.__enter__()
         self._thread.start()
         return self
 
@@ -145,6 +172,7 @@ class Heartbeat:
     ) -> None:
         self._wake.set()
         self._thread.join()
+        self._holding.__exit__(kind, error, trace)
 
     def report(self, stage: str, progress: float) -> None:
         """Say how far the work is (0..1); written with the next beat.
@@ -162,7 +190,7 @@ class Heartbeat:
         if self._error is not None:
             raise self._error
         if self._stop.is_set():
-            raise Interrupted("the machine is shutting down; the export goes back to the queue")
+            raise Interrupted(SHUTTING_DOWN)
         if time.monotonic() > self._written + self._seconds:
             raise Unavailable(
                 f"no heartbeat of {self._claim.record.export_id} got through for {self._seconds} s",
@@ -189,27 +217,51 @@ class Heartbeat:
 
         update(self._records, self._claim.record.export_id, change)
 
+    def cleared_by(self, clear: Callable[[], object]) -> None:
+        """Say what removes all that was written, should the export be cancelled while the work hangs."""
+        self._clear = clear
+
+    def give_back(self) -> None:
+        """Remove what was written of a cancelled export; of any other, write down that it is not worked on any more.
+
+        For whoever ends the process while the work goes on.
+        """
+        what = self._clear if self._is_cancelled else self._release
+        try:
+            if what is not None:
+                what()
+        except ExportError as error:
+            log.warning("%s is not given back: %s", self._claim.record.export_id, error.message)
+
     def is_ours(self) -> bool:
         """Whether nobody else can be at work on it: the lease is ours and live, or it was cancelled under us.
 
         Asked before anything published is removed, by an attempt that may have been asleep for an hour. Of several
-        tasks, each has to expect the others at work.
+        tasks, each has to expect the others at work, until the export is cancelled for them all.
         """
-        if self._claim.tasks > 1:
-            return False
+        return self._stands(lambda record: self._is_cancelled_in(record) or self._is_alone_in(record))
+
+    def is_cancelled(self) -> bool:
+        """Whether the export was cancelled under us, and nobody has begun anew."""
+        return self._stands(self._is_cancelled_in)
+
+    def _stands(self, holds: Callable[[ExportRecord], bool]) -> bool:
         try:
             record = self._records.get_export(self._claim.record.export_id)
         except ExportError as error:
             log.warning("nothing is removed, the record cannot be read: %s", error)
             return False
-        if record is None:
-            return True
-        if record.state is State.CANCELLED:
-            # Else a claim came after ours, and its holder may not have noticed yet that it was cancelled too.
-            mine = self._claim.record
-            return (record.execution, record.attempt) == (mine.execution, mine.attempt)
+        return record is None or holds(record)
+
+    def _is_cancelled_in(self, record: ExportRecord) -> bool:
+        # Else a claim came after ours, and its holder may not have noticed yet that it was cancelled too.
+        mine = self._claim.record
+        same = (record.execution, record.attempt) == (mine.execution, mine.attempt)
+        return record.state is State.CANCELLED and same
+
+    def _is_alone_in(self, record: ExportRecord) -> bool:
         ours = record.lease is not None and record.lease.lease_id == self._claim.lease_id
-        return ours and holds_live_lease(record, utc_now())
+        return ours and self._claim.tasks == 1 and holds_live_lease(record, utc_now())
 
     def _run(self) -> None:
         while not self._wake.wait(min(BEAT_SECONDS, self._seconds / 4)):
@@ -219,6 +271,8 @@ class Heartbeat:
                 update(self._records, self._claim.record.export_id, partial(self._beaten, said, due))
             except LeaseLost as error:
                 self._error = error
+                if self._is_cancelled:
+                    self._stop.cancelled(self)
                 return
             except Unavailable as error:
                 log.warning("heartbeat did not get through: %s", error)
@@ -238,8 +292,9 @@ class Heartbeat:
 
     def _beaten(self, said: tuple[str, float], due: bool, record: ExportRecord) -> ExportRecord | None:
         now = utc_now()
-        lease_end = now + timedelta(seconds=self._seconds)
+        lease_end = self._claim.term.end(now)
         stage, progress = said
+        self._is_cancelled = record.state is State.CANCELLED
         # Made even when it is not due, since it is what notices that the lease is lost.
         new = renewed(
             record, holding=self._claim.lease_id, expires_at=lease_end, stage=stage, progress=progress, now=now
@@ -260,4 +315,8 @@ class Hold(Protocol):
 
     def agree(self, version: str, *, instead_of: str | None = None) -> None: ...
 
+    def cleared_by(self, clear: Callable[[], object]) -> None: ...
+
     def is_ours(self) -> bool: ...
+
+    def is_cancelled(self) -> bool: ...

@@ -7,7 +7,6 @@ import json
 import logging
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from exporter.llama_run import Answer, Request
 from exporter.llama_text import Text
 from exporter.logits import logits_of, rms, rounded
 from exporter.models import library_errors, quiet
+from exporter.scratch import scratch_directory
 
 log = logging.getLogger(__name__)
 PROGRAM = (sys.executable, "-P", "-m", "exporter.llama_run")
@@ -144,13 +144,12 @@ def _asked(
     Raises:
         VerificationFailed: `gguf_not_loadable`: llama.cpp says no, dies, or takes too long.
     """
-    with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
-        place = Path(scratch)
+    with scratch_directory() as place:
         (place / "request.json").write_text(json.dumps(request))
         # Else an abort starts a debugger, if there is one, to print where it was.
         surroundings = environment(GGML_NO_BACKTRACE="1")
         status = run_child(
-            [*PROGRAM, scratch], place, environment=surroundings, while_waiting=while_waiting, seconds=seconds
+            [*PROGRAM, str(place)], place, environment=surroundings, while_waiting=while_waiting, seconds=seconds
         )
         said = (place / "log").read_text(errors="replace")
         if status is None:

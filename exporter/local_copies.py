@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from exporter.adapter import WEIGHTS_NAME, refuse_without_weights
 from exporter.byte_source import changed
 from exporter.gemma import is_side_file
 from exporter.peft_config import CONFIG_NAME
+from exporter.scratch import scratch_directory
 
 log = logging.getLogger(__name__)
 BLOCK_BYTES = 8 << 20
@@ -58,11 +58,11 @@ def files_here(store: ArtifactStore, uri: str, files: Sequence[StoredFile]) -> I
     if not uri.startswith("gs://"):
         yield path_of(uri)
         return
-    with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
+    with scratch_directory() as scratch:
         log.info("fetching %d files, %d bytes, from %s", len(files), sum(file.size for file in files), uri)
         for file in files:
-            _fetch(store, file_uri(uri, file.name), file, Path(scratch) / file.name)
-        yield Path(scratch)
+            _fetch(store, file_uri(uri, file.name), file, scratch / file.name)
+        yield scratch
 
 
 def _fetch(store: ArtifactStore, uri: str, listed: StoredFile, target: Path) -> None:

@@ -49,7 +49,6 @@ class Parts:
     def __init__(self, attempt: Attempt, folder: str) -> None:
         self._attempt = attempt
         self._folder = folder
-        self._own: set[str] = set()
 
     def finished(self, sizes: Mapping[str, int]) -> dict[str, Part]:
         """Those that are finished, by name, whoever made them; a marker without its part counts for nothing.
@@ -73,13 +72,6 @@ class Parts:
                 found[name] = part
         return found
 
-    def take_over(self, name: str) -> None:
-        """Count a part that somebody else finished as this attempt's."""
-        if name not in self._own:
-            self._own.add(name)
-            self._attempt.take_over(f"{self._folder}/{name}")
-            self._attempt.take_over(f"{self._attempt.parts_directory}/{name}{_MARKER}")
-
     def write(self, name: str, fill: Fill, size: int) -> Part:
         """Publish a part, then its marker.
 
@@ -99,8 +91,7 @@ class Parts:
         def filled(writer: ArtifactWriter) -> None:
             deltas.update(fill(writer))
 
-        self._own.add(name)
-        part = Part(self._attempt.publish(name, filled, size=size, folder=self._folder, is_part=True), deltas)
+        part = Part(self._attempt.publish(name, filled, size=size, folder=self._folder), deltas)
         content = _encoded(part)
         try:
             self._attempt.publish(
@@ -108,13 +99,11 @@ class Parts:
                 lambda writer: writer.write(content),
                 size=len(content),
                 folder=self._attempt.parts_directory,
-                is_part=True,
             )
         except ArtifactConflict:
             theirs = self._read(name)
             if theirs is None or theirs.file != part.file:
                 raise
-            self._own.discard(name)
             return theirs
         return part
 

@@ -5,7 +5,6 @@ Kept to compare with, and as the way out (`--engine peft`) for what the streamin
 
 import dataclasses
 import math
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from exporter.model_card import CARD_NAME
 from exporter.models import is_applied_whole, library_errors, load_model, quiet
 from exporter.peft_config import read_config, refuse_unmergeable
 from exporter.plan import is_tied
+from exporter.scratch import scratch_directory
 from exporter.sidefiles import publish_copy, write_side_files
 from exporter.sources import MAX_CONFIG_BYTES, Base
 from exporter.verify import verify_reference
@@ -81,8 +81,7 @@ def made_by(
     report("merging", WRITE_FROM)
     base = base.here()
     checkpoint = base.checkpoint()
-    with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
-        output = Path(scratch)
+    with scratch_directory() as output:
         merge(base, adapter_dir, output)
         report("verifying", WRITE_FROM)
         verified = verify_reference(output, checkpoint, family_of(base.config))

@@ -102,8 +102,6 @@ def _written(
     found = parts.finished(sizes)
     if found:
         log.info("going on from %d of %d files that are finished", len(found), len(sizes))
-    for name in found:
-        parts.take_over(name)
     mine = [file for file in tasks.deal(plan.files, [*sizes.values()]) if file.name not in found]
     progress = Progress(report, "merging", plan.nbytes, sum(sizes[name] for name in found))
 
@@ -119,6 +117,4 @@ def _written(
         found |= parts.finished(sizes)
     if len(found) < len(sizes):
         return None
-    for name in found:
-        parts.take_over(name)
     return [found[file.name] for file in plan.files]

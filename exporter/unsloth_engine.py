@@ -12,7 +12,6 @@ import logging
 import math
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -43,6 +42,7 @@ from exporter.making import WRITE_FROM, Checks, Made
 from exporter.models import is_applied_whole
 from exporter.peft_config import CONFIG_NAME, read_config
 from exporter.peft_engine import made_by, read_for_peft
+from exporter.scratch import scratch_directory
 from exporter.sidefiles import side_file_names
 from exporter.sources import HUB_PATTERNS, MAX_CONFIG_BYTES, Base
 
@@ -123,8 +123,7 @@ def merge_with_unsloth(
     unsloth_version()
     read_for_peft(adapter, base)
     checkpoint = base.checkpoint()
-    with tempfile.TemporaryDirectory(prefix="gemma-export-") as scratch:
-        place = Path(scratch)
+    with scratch_directory() as place:
         _lay_out(base.directory, checkpoint, adapter, place)
         command = [*PROGRAM, str(place), str(output.absolute())]
         run_child(command, place, environment=_environment(place), while_waiting=while_waiting)

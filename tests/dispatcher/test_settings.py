@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dispatcher.errors import Misconfigured
-from dispatcher.settings import Settings
+from dispatcher.settings import MAX_DOWNLOAD_URL_SECONDS, Settings
 
 
 def test_without_any_variable_everything_is_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +74,7 @@ def test_a_child_process_opens_the_same_stores() -> None:
         ("LEASE_SECONDS", "two minutes"),
         ("LEASE_SECONDS", "1e3"),
         ("LEASE_SECONDS", "99999999999999999999"),
+        ("COLLECT_AFTER_SECONDS", "43199"),
         ("MAX_ATTEMPTS", "٣"),
         ("CLOUD_RUN_TASK_ATTEMPT", "x"),
         ("CLOUD_RUN_TASK_COUNT", "0"),
@@ -107,6 +108,14 @@ def test_a_task_is_one_of_its_executions() -> None:
         Settings.from_env({**count, "CLOUD_RUN_TASK_INDEX": "4"})
     alone = Settings.from_env({})
     assert (alone.task_index, alone.task_count) == (0, 1)
+
+
+def test_older_versions_are_kept_at_least_as_long_as_a_download_url_is_good() -> None:
+    """A week by default; a child process is told the same."""
+    assert Settings.from_env({}).collect_after_seconds == 7 * 24 * 3600
+    settings = Settings.from_env({"COLLECT_AFTER_SECONDS": str(12 * 3600)})
+    assert settings.collect_after_seconds == MAX_DOWNLOAD_URL_SECONDS
+    assert Settings.from_env(settings.to_environment()).collect_after_seconds == settings.collect_after_seconds
 
 
 def test_a_child_process_caches_bases_as_its_parent_was_told() -> None:

@@ -478,7 +478,7 @@ def test_deliveries_that_no_machine_takes_are_deliveries(world: World) -> None:
 
 
 def test_a_message_that_the_queue_refused_was_not_sent(world: World) -> None:
-    """An outage of the queue uses nothing up either; and a process that starts again may publish as often as it does."""
+    """Nor does an outage of the queue use anything up, nor a process that starts anew with an empty queue."""
     world.job()
     world.queue.down = True
     with pytest.raises(Unavailable):

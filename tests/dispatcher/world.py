@@ -102,10 +102,12 @@ class Machines:
 class World:
     """Everything around the service, and what others (the training service, the exporter) do to it."""
 
-    def __init__(self, home: Path, *, tokens: TokenStore | None = None, **limits: Any) -> None:
+    def __init__(
+        self, home: Path, *, tokens: TokenStore | None = None, records: SqliteRecords | None = None, **limits: Any
+    ) -> None:
         self.home = home
         self.clock = Clock()
-        self.records = SqliteRecords(home / "records.db")
+        self.records = records or SqliteRecords(home / "records.db")
         self.artifacts = LocalArtifacts(home / "artifacts")
         self.tokens = tokens or FileTokens(home / "tokens")
         self.queue = HeldQueue()

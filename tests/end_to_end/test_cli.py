@@ -1,10 +1,13 @@
 """`gemma-export` at a laptop, as a real process with real output."""
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from dispatcher.contract import ExportRequest, ExportType, Lease, State
+from dispatcher.lifecycle import Actor, noted, requested, transition
 from tests.end_to_end.laptop import Laptop
 
 
@@ -130,3 +133,33 @@ def test_a_sweep_reports_what_it_did(laptop: Laptop) -> None:
     """Nothing, on a fresh state directory."""
     assert laptop.lines("sweep") == [{"requeued": 0, "failed": 0, "published": 0, "collected": 0}]
     assert laptop.lines("list") == []
+
+
+def test_a_topic_keeps_its_messages_so_a_sweep_sends_none_again(laptop: Laptop) -> None:
+    """An embedded queue forgot them with its process; Pub/Sub, which is not even asked here, did not."""
+    job_id = registered(laptop)
+    request = ExportRequest(job_id=job_id, export_type=ExportType.MERGED)
+    now = datetime.now(UTC)
+    queued = requested(request, user_id="local", adapter_fingerprint="f", token_ref=None, now=now)
+    with laptop.records() as records:
+        assert records.create_export(noted(queued, now, published_at=now))
+    nowhere = {"QUEUE_URL": "pubsub://p/t", "PUBSUB_EMULATOR_HOST": "127.0.0.1:1"}
+    done = laptop.run("sweep", "--json", **nowhere)
+    assert json.loads(done.stdout) == {"requeued": 0, "failed": 0, "published": 0, "collected": 0}
+    with laptop.records() as records:
+        assert records.get_export(queued.export_id) == noted(queued, now, published_at=now)
+    (said,) = laptop.lines("sweep")
+    assert said["published"] == 1
+
+
+def test_the_counts_of_a_status_show_no_dead_lease_as_running(laptop: Laptop) -> None:
+    """It waits for a sweep, and so it is counted."""
+    job_id = registered(laptop)
+    request = ExportRequest(job_id=job_id, export_type=ExportType.MERGED)
+    then = datetime.now(UTC) - timedelta(minutes=1)
+    queued = requested(request, user_id="local", adapter_fingerprint="f", token_ref=None, now=then)
+    lease = Lease(lease_id="l", owner="o", expires_at=then)
+    with laptop.records() as records:
+        assert records.create_export(transition(queued, State.RUNNING, by=Actor.EXPORTER, now=then, lease=lease))
+    assert laptop.lines("status") == [{"queued": 1}]
+    assert [said["state"] for said in laptop.lines("list")] == ["queued"]

@@ -1,6 +1,6 @@
 """Runs the recipes of a merged model and of a GGUF in this process, on real directories."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,8 +36,14 @@ class Undisturbed:
     def agree(self, version: str, *, instead_of: str | None = None) -> None:
         pass
 
+    def cleared_by(self, clear: Callable[[], object]) -> None:
+        pass
+
     def is_ours(self) -> bool:
         return True
+
+    def is_cancelled(self) -> bool:
+        return False
 
 
 def training_document(base: Path | str, adapter: Path | str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import json
 import secrets
 import sqlite3
-import threading
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -18,8 +17,9 @@ from dispatcher.records import update
 from dispatcher.sqlite_records import SqliteRecords
 from dispatcher.tokens import FileTokens
 from exporter.job import ExitCode, Stores, run_job
-from exporter.lease import utc_now
+from exporter.lease import Term, utc_now
 from exporter.order import Order
+from exporter.stopping import Stop
 from tests.exporter.exporting import NOW, QUICK, merged_record, training_document
 from tests.gemmas import make_adapter, save_base
 
@@ -39,8 +39,8 @@ class Place:
         self.records = SqliteRecords(root / "records.db")
         self.artifacts = LocalArtifacts(root / "artifacts")
         self.tokens = FileTokens(root / "tokens")
-        self.stop = threading.Event()
-        self.stores = Stores(self.records, self.artifacts, self.tokens, lease_seconds=60, max_attempts=3, checks=QUICK)
+        self.stop = Stop()
+        self.stores = Stores(self.records, self.artifacts, self.tokens, term=Term(60), max_attempts=3, checks=QUICK)
         if models is None:
             models = root
             make_adapter("gemma3_text", save_base("gemma3_text", root / "base"), root / "adapter")

@@ -22,9 +22,10 @@ from dispatcher.local_artifacts import LocalArtifacts
 from dispatcher.records import update
 from dispatcher.sqlite_records import SqliteRecords
 from exporter.job import ExitCode, run_job
-from exporter.lease import utc_now
+from exporter.lease import Term, utc_now
 from exporter.manifest import publish_manifest
 from exporter.order import Order
+from exporter.stopping import Stop
 from tests.exporter.damage import Tensors, edit_adapter, edit_config
 from tests.exporter.exporting import merged_into
 from tests.exporter.place import EXPORT, Interfering, Place, expired
@@ -206,7 +207,6 @@ class _Failing(LocalArtifacts):
 
             commit = staticmethod(writer.commit)
             discard = staticmethod(writer.discard)
-            withdraw = staticmethod(writer.withdraw)
 
         return Writer()
 
@@ -282,7 +282,7 @@ def test_an_attempt_that_slept_past_its_lease_takes_nothing_from_its_successor(p
         store.interfere = lambda: None
         update(place.records, EXPORT, expired)
         order = Order(job_id="job-1", execution="successor")
-        assert run_job(order, successor, threading.Event()) is ExitCode.DONE
+        assert run_job(order, successor, Stop()) is ExitCode.DONE
         raise Unavailable("the disk stalled")
 
     store.interfere = sleep
@@ -356,7 +356,7 @@ def test_work_without_a_heartbeat_stops_and_is_tried_again(error: Exception, pla
     records.error = error
     store = Interfering(place.root / "artifacts")
     store.interfere = lambda: until(lambda: _is_stopped(place), "the heartbeat to fail")
-    place.stores = replace(place.stores, records=records, artifacts=store, lease_seconds=1)
+    place.stores = replace(place.stores, records=records, artifacts=store, term=Term(1))
     assert place.run() is ExitCode.TRY_AGAIN
     assert place.record().artifacts == ()
     records.close()

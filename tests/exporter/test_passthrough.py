@@ -354,10 +354,6 @@ class _Corrupting(LocalArtifacts):
             discard = staticmethod(writer.discard)
 
             @staticmethod
-            def withdraw() -> None:
-                target.unlink()
-
-            @staticmethod
             def commit() -> StoredFile:
                 stored = writer.commit()
                 if target.name == "model.safetensors":

@@ -95,7 +95,6 @@ class Disturbed(LocalArtifacts):
 
             commit = staticmethod(writer.commit)
             discard = staticmethod(writer.discard)
-            withdraw = staticmethod(writer.withdraw)
 
         return Writer()
 

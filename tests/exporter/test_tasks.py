@@ -21,6 +21,7 @@ from exporter import job
 from exporter.artifact import Result
 from exporter.job import ExitCode
 from exporter.lease import Hold, utc_now
+from exporter.stopping import Stop
 from exporter.tasks import Tasks
 from tests.exporter.exporting import gguf_record
 from tests.exporter.place import EXPORT, Place, expired
@@ -232,7 +233,7 @@ def test_a_passing_fault_of_one_task_is_its_own(place: Place, recipe: Parts, fau
         before.model_copy(update={"lease": None, "revision": 0})
     )
     recipe.interfere = lambda index: None
-    place.stop.clear()
+    place.stop = Stop()
     assert [run(place, index, task_attempt=1) for index in (1, 2, 3)] == [ExitCode.DONE] * 3
     assert place.record().state is State.COMPLETED
 

@@ -13,7 +13,9 @@ from dispatcher.contract import State
 from dispatcher.errors import Unavailable
 from dispatcher.lifecycle import Actor
 from dispatcher.local_artifacts import LocalArtifacts
+from dispatcher.published import SPOILT_PREFIX
 from exporter.job import ExitCode
+from exporter.manifest import still_holds
 from tests.exporter.exporting import merged_into
 from tests.exporter.place import Interfering, Place
 
@@ -79,41 +81,54 @@ def test_an_attempt_held_up_while_it_planned_takes_nothing_from_its_successor(pl
     assert theirs.items() <= contents(root_of(place)).items()
 
 
-def test_taking_back_stops_when_another_begins(place: Place) -> None:
-    """Which may use what is still there: the same bytes under the same names."""
+@pytest.mark.parametrize("moment", ["before the mark", "after it", "while files are removed"])
+def test_another_that_begins_while_files_are_removed_does_not_count_on_them(place: Place, moment: str) -> None:
+    """The process that removes them may be asleep for an hour between any two steps."""
     place.queue()
-    withdrawn: list[str] = []
+    begun: list[ExitCode] = []
 
-    class Failing(LocalArtifacts):
+    class Slow(LocalArtifacts):
         def create(self, path: str, *, size: int | None = None) -> ArtifactWriter:
+            if SPOILT_PREFIX in path and moment == "before the mark":
+                succeeded()
             if path.endswith("tokenizer_config.json"):
                 place.record_change(State.CANCELLED, Actor.CALLER)
                 raise Unavailable("the disk stalled")
-            writer = super().create(path, size=size)
-            remove = writer.withdraw
+            return super().create(path, size=size)
 
-            def noted() -> None:
-                if not withdrawn:
-                    place.requeue()
-                    place.leased("successor", 60)
-                withdrawn.append(path)
-                remove()
+        def delete_prefix(self, path: str) -> int:
+            in_parts = path.partition(".parts/")[2]
+            if begun or in_parts.startswith(SPOILT_PREFIX):
+                return super().delete_prefix(path)
+            if moment == "after it" or (moment == "while files are removed" and in_parts):
+                succeeded()
+            return super().delete_prefix(path)
 
-            writer.withdraw = noted  # type: ignore[method-assign]  # the moment between question and deed
-            return writer
+    def succeeded() -> None:
+        place.requeue()
+        place.stores = replace(place.stores, artifacts=place.artifacts)
+        begun.append(place.run())
 
-    place.stores = replace(place.stores, artifacts=Failing(place.root / "artifacts"))
+    place.stores = replace(place.stores, artifacts=Slow(place.root / "artifacts"))
     assert place.run() is ExitCode.DONE
-    assert place.record().state is State.RUNNING
-    assert len(withdrawn) == 1
-    assert any(name.endswith(WEIGHTS) for name in place.files())
+    assert begun == [ExitCode.DONE]
+    assert place.record().state is State.COMPLETED
+    artifact = place.record().artifacts[0]
+    manifest = json.loads(place.artifacts.read(str(artifact.manifest)))
+    assert still_holds(place.artifacts, path_in(place, artifact.uri), manifest)
+    assert not [name for name in place.files() if ".parts/" in name]
 
 
-def test_a_failed_attempt_takes_back_its_own_files_and_leaves_what_the_next_goes_on_from(place: Place) -> None:
-    """A finished shard, whoever wrote it, and its marker; what is quickly made again is removed."""
+def path_in(place: Place, uri: str) -> str:
+    """A path inside the place's store."""
+    return str(path_of(uri).relative_to(place.root / "artifacts"))
+
+
+def test_after_a_passing_fault_everything_stays_for_the_next_attempt(place: Place) -> None:
+    """Which finds the same bytes under the same names."""
     elsewhere = made_elsewhere(place)
     place.queue()
-    weights = leave(place, elsewhere.name, WEIGHTS, (elsewhere / WEIGHTS).read_bytes())
+    leave(place, elsewhere.name, WEIGHTS, (elsewhere / WEIGHTS).read_bytes())
     store = Interfering(place.root / "artifacts")
 
     def stalled() -> None:
@@ -123,8 +138,11 @@ def test_a_failed_attempt_takes_back_its_own_files_and_leaves_what_the_next_goes
     store.interfere = stalled
     place.stores = replace(place.stores, artifacts=store)
     assert place.run() is ExitCode.TRY_AGAIN
-    shard = str(weights.relative_to(place.root / "artifacts"))
-    assert place.files() == [f"{shard.replace('/' + WEIGHTS, '')}.parts/{WEIGHTS}.json", shard]
+    names = {Path(name).name for name in place.files()}
+    assert {WEIGHTS, f"{WEIGHTS}.json", "tokenizer.json"} <= names
+    place.stores = replace(place.stores, artifacts=place.artifacts)
+    assert place.run() is ExitCode.DONE
+    assert {Path(name).parent.name for name in place.files()} == {elsewhere.name}
 
 
 def test_what_a_killed_attempt_left_is_used_and_its_temporary_files_are_removed(place: Place) -> None:
@@ -224,16 +242,16 @@ def test_an_older_version_that_was_damaged_meanwhile_does_not_block_its_return(p
     assert place.record().artifacts[0].version != first.name
 
 
-def test_what_a_killed_attempt_left_otherwise_rounded_makes_another_version(place: Place) -> None:
-    """On another kind of processor, say; it was never published, so nobody can mend it."""
-    version = made_elsewhere(place).name
+def test_what_a_killed_attempt_left_otherwise_rounded_is_removed_and_made_anew(place: Place) -> None:
+    """On another kind of processor, say; it was never published, so nobody counts on it."""
+    elsewhere = made_elsewhere(place)
     place.queue()
-    weights = leave(place, version, WEIGHTS, b"rounded otherwise")
+    weights = leave(place, elsewhere.name, WEIGHTS, b"rounded otherwise")
+    leave(place, elsewhere.name, "another.safetensors", b"of no plan")
     assert place.run() is ExitCode.DONE
-    made = path_of(place.record().artifacts[0].uri)
-    assert made.name != version
-    assert sorted(path.name for path in weights.parent.iterdir()) == [WEIGHTS]
-    assert weights.read_bytes() == b"rounded otherwise"
+    assert path_of(place.record().artifacts[0].uri) == weights.parent
+    assert weights.read_bytes() == (elsewhere / WEIGHTS).read_bytes()
+    assert {Path(name).name for name in place.files()} == {path.name for path in elsewhere.iterdir()}
 
 
 def test_a_version_that_another_publishes_first_is_recorded_as_it_is(place: Place) -> None:

@@ -92,18 +92,6 @@ def test_of_two_large_uploads_at_once_the_first_to_finish_stays(store: GcsArtifa
     assert store.list(store.uri("x")) == [StoredFile("file", len(LARGE), checksum(LARGE))]
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_of_a_large_upload_only_the_one_that_published_is_withdrawn(store: GcsArtifacts, first: bool) -> None:
-    """The other may have learnt only at its end that the same was there already."""
-    writers = [store.create("x/file"), store.create("x/file")]
-    for writer in writers:
-        writer.write(LARGE)
-    for writer in writers:
-        writer.commit()
-    writers[0 if first else 1].withdraw()
-    assert store.exists(store.uri("x/file")) is not first
-
-
 def test_an_abandoned_upload_shows_nowhere(cloud: StorageProxy, store: GcsArtifacts) -> None:
     """Discarded, or forgotten by whoever began it: io itself would close it, and so publish half a file."""
     writer = store.create("x/discarded")
