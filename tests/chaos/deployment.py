@@ -20,6 +20,7 @@ from dispatcher.sqlite_records import SqliteRecords
 from dispatcher.tokens import FileTokens
 from dispatcher.trigger import Trigger
 from exporter.job import Stores
+from exporter.lease import Term
 from tests.chaos.faults import Dice, FaultyQueue, FaultyRecords, FaultyRunner, FaultyTokens
 from tests.chaos.faulty_artifacts import FaultyArtifacts
 from tests.chaos.in_process import ThreadRunner
@@ -138,7 +139,7 @@ class Deployment:
             self._records(caller),
             FaultyArtifacts(self.artifacts, self.dice, caller, writes),
             FaultyTokens(self.tokens, self.dice, caller),
-            lease_seconds=self._lease_seconds,
+            term=Term(self._lease_seconds),
             max_attempts=self._max_attempts,
             checks=QUICK,
         )

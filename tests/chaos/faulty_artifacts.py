@@ -9,7 +9,6 @@ from dispatcher.artifacts import (
     ArtifactReader,
     ArtifactStore,
     ArtifactWriter,
-    ComposedFile,
     StoredFile,
 )
 from dispatcher.errors import ExportError, Unavailable
@@ -51,7 +50,7 @@ class FaultyArtifacts:
         writer = self._dice.call(self._caller, "create", act, once=True)
         return _FaultyWriter(writer, self._dice, self._caller, act, lambda: self._writes(path))
 
-    def compose(self, path: str, parts: Sequence[str], *, scratch: str | None = None) -> ComposedFile:
+    def compose(self, path: str, parts: Sequence[str], *, scratch: str | None = None) -> StoredFile:
         self._writes(path)
         return self._call("compose", lambda: self._inner.compose(path, parts, scratch=scratch))
 
@@ -88,7 +87,7 @@ class FaultyArtifacts:
 
 
 class _FaultyWriter:
-    """A writer that fails at random; one whose answer was lost does not know whether the file is its own."""
+    """A writer that fails at random."""
 
     def __init__(
         self,
@@ -104,7 +103,6 @@ class _FaultyWriter:
         self._again = again
         self._writes = writes
         self._written = bytearray()
-        self._knows = True
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         def act() -> None:
@@ -118,7 +116,6 @@ class _FaultyWriter:
         fate = self._dice.fate(self._caller, "commit")
         if fate is Fate.NOT_DONE:
             raise Unavailable(f"commit of {self._caller} did not get through, as the dice has it")
-        self._knows = fate is Fate.FINE
         try:
             stored = self._inner.commit()
             if fate is Fate.TWICE:
@@ -132,10 +129,6 @@ class _FaultyWriter:
 
     def discard(self) -> None:
         self._inner.discard()
-
-    def withdraw(self) -> None:
-        if self._knows:
-            self._dice.call(self._caller, "withdraw", self._inner.withdraw)
 
     def _committed_again(self) -> StoredFile:
         """What a transport that sends it again finds: the same content, there already."""

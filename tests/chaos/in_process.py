@@ -9,6 +9,7 @@ from dispatcher.errors import ExportError
 from dispatcher.runner import Execution
 from exporter.job import ExitCode, Stores, run_job
 from exporter.order import Order
+from exporter.stopping import Stop
 
 MAX_RETRIES = 3
 
@@ -40,7 +41,7 @@ class ThreadRunner:
         self.faults: list[str] = []
         self._stores = stores
         self._numbers = itertools.count(1)
-        self._stops: dict[str, threading.Event] = {}
+        self._stops: dict[str, Stop] = {}
         self._busy = 0
         self._changed = threading.Condition()
 
@@ -50,7 +51,7 @@ class ThreadRunner:
         with self._changed:
             name = f"execution-{next(self._numbers)}"
             self.asked[name] = dict(environment)
-            self._stops[name] = threading.Event()
+            self._stops[name] = Stop()
             self._busy += 1
         threading.Thread(target=self._attend, args=(name, job_id), name=name, daemon=True).start()
         return Execution(name, f"file:///logs/{name}.log")
