@@ -200,11 +200,11 @@ def _commit(claimed: Claim, result: Result, stores: Stores) -> None:
     kind = claimed.record.export_type
     paths = {RESULT_FIELD[kind]: result.artifact.path, DOCUMENT_FIELD[kind]: result.artifact.path}
 
-    token_ref: str | None = None
+    token_ref = claimed.record.token_ref
 
     def change(record: ExportRecord) -> ExportRecord:
         nonlocal token_ref
-        token_ref = record.token_ref  # one that came since the claim too
+        token_ref = record.token_ref or token_ref  # one that came since the claim too
         return completed(
             record,
             holding=claimed.lease_id,
@@ -217,7 +217,9 @@ def _commit(claimed: Claim, result: Result, stores: Stores) -> None:
     try:
         update(stores.records, claimed.record.export_id, change, job_result=paths)
     except IllegalTransition as error:
-        raise LeaseLost(f"finished, but {error.message}") from error
+        if _ending(claimed.record.export_id, stores) is not State.COMPLETED:
+            raise LeaseLost(f"finished, but {error.message}") from error
+        # By ourselves, and only the answer was lost; or by whoever took it over, with the same artifact.
     _drop_token(token_ref, stores)
 
 
@@ -235,11 +237,11 @@ def _give_up(claimed: Claim, error: ExportError, order: Order, stores: Stores) -
             leave(stores.records, claimed)
         return ExitCode.TRY_AGAIN
 
-    token_ref: str | None = None
+    token_ref = record.token_ref
 
     def change(found: ExportRecord) -> ExportRecord:
         nonlocal token_ref
-        token_ref = found.token_ref
+        token_ref = found.token_ref or token_ref
         now = utc_now()
         if again:
             return transition(found, State.QUEUED, by=Actor.EXPORTER, now=now, holding=claimed.lease_id)
@@ -252,14 +254,18 @@ def _give_up(claimed: Claim, error: ExportError, order: Order, stores: Stores) -
 
     try:
         update(stores.records, record.export_id, change)
-    except IllegalTransition as lost:
+    except (IllegalTransition, Unavailable) as lost:
+        # Our own ending, where only the answer was lost; or whoever took it over came to one.
+        unknown = again and isinstance(lost, Unavailable)
+        ending = None if unknown else _ending(record.export_id, stores)
+        if ending is not None:
+            _drop_token(token_ref, stores)
+            return ExitCode.FAILED if ending is State.FAILED else ExitCode.DONE
+        if isinstance(lost, Unavailable):
+            log.error("the verdict could not be recorded, the lease will run out: %s", lost.message)
+            return ExitCode.TRY_AGAIN
         log.warning("not recorded: %s", lost.message)
-        if _is_completed(record.export_id, stores):  # by ourselves: only the answer was lost
-            _drop_token(record.token_ref, stores)
         return ExitCode.DONE
-    except Unavailable as unavailable:
-        log.error("the verdict could not be recorded, the lease will run out: %s", unavailable.message)
-        return ExitCode.TRY_AGAIN
     if again:
         return ExitCode.TRY_AGAIN
     if not error.retryable:
@@ -267,12 +273,16 @@ def _give_up(claimed: Claim, error: ExportError, order: Order, stores: Stores) -
     return ExitCode.FAILED
 
 
-def _is_completed(export_id: str, stores: Stores) -> bool:
+def _ending(export_id: str, stores: Stores) -> State | None:
+    """`completed` or `failed` where the export has come to an end for good; None else, and where nobody can tell."""
     try:
         record = stores.records.get_export(export_id)
     except ExportError:
-        return False
-    return record is not None and record.state is State.COMPLETED
+        return None
+    if record is None:
+        return None
+    failed_for_good = record.error is not None and not record.error.retryable
+    return record.state if record.state is State.COMPLETED or failed_for_good else None
 
 
 def _drop_token(token_ref: str | None, stores: Stores) -> None:

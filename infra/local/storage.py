@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum, auto
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +22,8 @@ from urllib.parse import parse_qs, quote, urlsplit
 from requests.structures import CaseInsensitiveDict
 
 from infra.local.composing import compose_fault
+from infra.local.faults import Fault as Fault
+from infra.local.faults import Faults
 from infra.local.pace import Pace
 from infra.local.placing import place
 from infra.local.servers import HOST, fake_gcs, in_thread
@@ -33,17 +34,6 @@ _OBJECT = re.compile(r"(?:/download)?(/storage/v1/b/[^/]+/o/[^/]+)")
 _COMPOSED = re.compile(r"(/storage/v1/b/[^/]+/o/)[^/]+/compose")
 _UPLOADS = re.compile(r"(?:/resumable)?/upload/storage/v1/b/([^/]+)/o")
 _REFUSED = refusal(HTTPStatus.PRECONDITION_FAILED, "At least one of the pre-conditions you specified did not hold.")
-
-
-class Fault(Enum):
-    """What can be made to happen to a request."""
-
-    REFUSED = auto()
-    """503, and nothing was done."""
-    DROPPED = auto()
-    """The connection ends, and nothing was done."""
-    ANSWER_LOST = auto()
-    """It is done, and then the connection ends."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +51,6 @@ class Request:
 
     def query(self, name: str) -> str | None:
         return parse_qs(urlsplit(self.target).query).get(name, [None])[0]
-
-
-@dataclass
-class _Planned:
-    fault: Fault
-    method: str
-    part: str
-    skip: int
-    times: int
 
 
 class StorageProxy(ThreadingHTTPServer):
@@ -92,15 +73,14 @@ class StorageProxy(ThreadingHTTPServer):
         self.upstream = ""
         self.directory: Path | None = None
         self.requests: list[tuple[str, str, int]] = []
-        self._planned: list[_Planned] = []
+        self._faults = Faults()
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         self._composing = threading.Lock()
 
-    def fail(self, fault: Fault, method: str, part: str, *, skip: int = 0, times: int = 1) -> None:
-        """Let something happen to the next requests of a method whose target contains `part`, after `skip` others."""
-        with self._lock:
-            self._planned.append(_Planned(fault, method, part, skip, times))
+    def fail(self, fault: Fault | HTTPStatus, method: str, part: str, *, skip: int = 0, times: int = 1) -> None:
+        """As `Faults.plan`."""
+        self._faults.plan(fault, method, part, skip=skip, times=times)
 
     def server_close(self) -> None:
         super().server_close()
@@ -109,23 +89,15 @@ class StorageProxy(ThreadingHTTPServer):
 
     def heal(self) -> None:
         """Forget all faults that did not happen yet, and the requests so far."""
+        self._faults.forget()
         with self._lock:
-            self._planned.clear()
             self.requests.clear()
 
-    def fault_of(self, request: Request) -> Fault | None:
+    def fault_of(self, request: Request) -> Fault | HTTPStatus | None:
         """Note a request; what is to happen to it."""
         with self._lock:
             self.requests.append((request.method, request.target, len(request.body)))
-            for planned in self._planned:
-                if planned.method != request.method or planned.part not in request.target or not planned.times:
-                    continue
-                if planned.skip:
-                    planned.skip -= 1
-                    continue
-                planned.times -= 1
-                return planned.fault
-        return None
+        return self._faults.next(request.method, request.target)
 
     def answer(self, request: Request) -> Answer:
         """Do what a request asks for."""
@@ -237,8 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is Fault.DROPPED:
             self.close_connection = True
             return
-        refused = fault is Fault.REFUSED
-        answer = refusal(HTTPStatus.SERVICE_UNAVAILABLE, "as asked") if refused else self.server.answer(request)
+        status = HTTPStatus.SERVICE_UNAVAILABLE if fault is Fault.REFUSED else fault
+        answer = refusal(status, "as asked") if isinstance(status, HTTPStatus) else self.server.answer(request)
         if fault is Fault.ANSWER_LOST:
             self.close_connection = True
             return

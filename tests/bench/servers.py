@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -95,7 +96,7 @@ class NotedStorage(StorageProxy):
             self._open.clear()
             self.at_once = 0
 
-    def fault_of(self, request: Request) -> Fault | None:
+    def fault_of(self, request: Request) -> Fault | HTTPStatus | None:
         self.before(request)
         with self._noting:
             self.seen.append(replace(request, body=b""))
