@@ -42,6 +42,8 @@ def fuzz(name: str, seconds: int, place: Path) -> Outcome:
     """Run one target for so long, or to its first crash; what is found is left in `place`."""
     corpus, log = place / f"{name}-corpus", place / f"{name}.log"
     corpus.mkdir(parents=True, exist_ok=True)
+    for path in _found(name, place):  # by an earlier run: tried first
+        path.rename(corpus / path.name)
     with tempfile.TemporaryDirectory(prefix="gemma-fuzz-") as scratch, log.open("wb") as said:
         options = {
             "max_total_time": seconds,
@@ -49,7 +51,6 @@ def fuzz(name: str, seconds: int, place: Path) -> Outcome:
             "rss_limit_mb": RSS_MB,
             "max_len": MAX_BYTES,
             "len_control": 0,
-            "print_final_stats": 1,
             "artifact_prefix": f"{place.absolute()}/{name}-",
         }
         command = [sys.executable, "-m", "tests.fuzz.one", name, str(corpus.absolute())]
@@ -57,13 +58,18 @@ def fuzz(name: str, seconds: int, place: Path) -> Outcome:
         environment = {**os.environ, "TMPDIR": scratch, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         status = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     text = log.read_text(errors="replace")
-    found = [path for kind in FAILED for path in sorted(place.glob(f"{name}-{kind}-*"))]
-    return Outcome(name, _told(text, "number_of_executed_units"), _told(text, "peak_rss_mb"), found, status)
+    found = _found(name, place)
+    return Outcome(name, _last(text, r"^#(\d+)\s"), _last(text, r"\brss: (\d+)Mb"), found, status)
 
 
-def _told(text: str, what: str) -> int:
-    match = re.search(rf"stat::{what}:\s*(\d+)", text)
-    return int(match[1]) if match else 0
+def _found(name: str, place: Path) -> list[Path]:
+    return [path for kind in FAILED for path in sorted(place.glob(f"{name}-{kind}-*"))]
+
+
+def _last(text: str, pattern: str) -> int:
+    """The last number that libFuzzer told of something."""
+    numbers = re.findall(pattern, text, re.MULTILINE)
+    return int(numbers[-1]) if numbers else 0
 
 
 def main() -> int:
