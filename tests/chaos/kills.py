@@ -27,6 +27,7 @@ FROM_COLD = 8
 TWICE = 0.2
 """In how many of the exports the attempt after the killed one is killed too"""
 SEED = 7
+TOKENS = "left over: tokens, until their time to live ends"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ class Outcome:
     stuck: list[str] = field(default_factory=list)
     """Records that nobody will finish"""
     leftovers: list[str] = field(default_factory=list)
+    """Temporary files, and what attempts hand to each other"""
+    tokens: list[str] = field(default_factory=list)
+    """Those of finished exports"""
     orphans: list[str] = field(default_factory=list)
     """Processes that outlived the exporter that started them"""
 
@@ -98,7 +102,7 @@ def measure(
     """
     base, adapter = prepare(size, root / "inputs")
     laptops = [Laptop(root / f"laptop-{number}", base, adapter) for number in range(LANES)]
-    killing = _Killing(laptops[0], Outcome(kills), len(list(shards_of(size))))
+    killing = _Killing(laptops[0], Outcome(kills), len(list(shards_of(size))), with_cold=from_cold > 0)
     console.print(f"undisturbed: {killing.seconds:.1f} s, and {killing.cold_seconds:.1f} s with what Python imports")
     with ThreadPoolExecutor(LANES) as pool:
         lanes = [
@@ -120,7 +124,8 @@ def rows(outcome: Outcome) -> list[Row]:
         Row("complete, byte-identical artifacts", f"{good} of {artifacts}", "all", good == artifacts > 0),
         none_of("artifacts and records that differ", outcome.different),
         none_of("records stuck", outcome.stuck),
-        none_of("left over: temporary files, parts, tokens", outcome.leftovers),
+        none_of("left over: temporary files and parts", outcome.leftovers),
+        none_of(TOKENS, outcome.tokens),
         none_of("left over: processes", outcome.orphans),
     ]
 
@@ -128,14 +133,16 @@ def rows(outcome: Outcome) -> list[Row]:
 class _Killing:
     """Kills in several lanes, counted together."""
 
-    def __init__(self, laptop: Laptop, outcome: Outcome, shards: int) -> None:
+    def __init__(self, laptop: Laptop, outcome: Outcome, shards: int, *, with_cold: bool) -> None:
         self.outcome = outcome
         self._shards = shards
         self._lock = threading.Lock()
         self._wanted = undisturbed(laptop)
         # Once more, for how long it takes when the libraries are there.
         self.seconds = _timed(laptop, "timed", lambda: laptop.run("timed", execution="timed"))
-        self.cold_seconds = _timed(laptop, "cold", lambda: laptop.start_python("cold", execution="cold").wait())
+        self.cold_seconds = 0.0
+        if with_cold:
+            self.cold_seconds = _timed(laptop, "cold", lambda: laptop.start_python("cold", execution="cold").wait())
 
     def run(self, laptop: Laptop, number: int, kills: int, from_cold: int) -> None:
         """Make exports one after the other on a laptop, until so many attempts were killed."""
@@ -193,6 +200,7 @@ class _Killing:
             self.outcome.different += faults
             self.outcome.stuck += [record.export_id] * (record.state in UNFINISHED)
         self.outcome.leftovers += laptop.leftovers()
+        self.outcome.tokens += laptop.tokens_left()
         self.outcome.orphans += laptop.orphans()
 
 

@@ -184,12 +184,15 @@ class Laptop:
         return found
 
     def leftovers(self) -> list[str]:
-        """What lies about that is no artifact's, no record's and no log's."""
+        """What lies about that is no artifact's, no record's and no log's; tokens by themselves."""
         files = [path for path in self.artifacts.rglob("*") if is_leftover(path)]
-        files += (self.home / "tokens").glob("*")
         # torch keeps a cache there, one for all processes.
         files += [path for path in self.temporary.iterdir() if not path.name.startswith("torchinductor_")]
         return sorted(str(path.relative_to(self.home.parent)) for path in files)
+
+    def tokens_left(self) -> list[str]:
+        """The files of tokens that were not dropped."""
+        return sorted(path.name for path in (self.home / "tokens").glob("*"))
 
     def orphans(self, *, seconds: float = 3.0) -> list[str]:
         """Processes that go on, after so many seconds, at what an exporter that is gone had in a temporary place."""
@@ -229,7 +232,7 @@ def undisturbed(laptop: Laptop) -> dict[ExportType, Artifact]:
     faults = [
         fault for record in laptop.exports("undisturbed") for fault in laptop.faults(record, made[record.export_type])
     ]
-    if status != 0 or faults or laptop.leftovers():
+    if status != 0 or faults or laptop.leftovers() or laptop.tokens_left():
         raise RuntimeError(f"undisturbed, it ends with {status}: {faults}, {laptop.leftovers()}")
     laptop.clear()
     return made

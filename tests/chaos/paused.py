@@ -288,4 +288,4 @@ def _left(laptop: Laptop, record: ExportRecord) -> list[str]:
     """What there is besides the artifact."""
     own = path_of(record.artifacts[0].uri) if record.artifacts else None
     strays = [path for path in laptop.artifacts.rglob("*") if path.is_file() and own not in path.parents]
-    return laptop.leftovers() + [str(path.relative_to(laptop.artifacts)) for path in strays]
+    return laptop.leftovers() + laptop.tokens_left() + [str(path.relative_to(laptop.artifacts)) for path in strays]

@@ -16,7 +16,7 @@ from dispatcher.errors import Conflict
 from tests.bench.inputs import Size, prepare, shards_of
 from tests.chaos.forked import Exporter
 from tests.chaos.kills import AIMS
-from tests.chaos.laptop import LIMIT_SECONDS, MODEL, SMALL_MODEL, Artifact, Laptop, undisturbed
+from tests.chaos.laptop import LIMIT_SECONDS, MANIFEST, MODEL, SMALL_MODEL, Artifact, Laptop, undisturbed
 from tests.chaos.rows import Row, at_most, none_of
 from tests.chaos.silent import CASES, SilentCase, stopped_in_silence
 from tests.chaos.steps import Then
@@ -45,6 +45,8 @@ class Outcome:
     """Exports that had been finished when they were to be cancelled: 409"""
     of_cancelled: list[str] = field(default_factory=list)
     """What is left of cancelled exports"""
+    published: int = 0
+    """Those that were cancelled between manifest and commit: a whole version that no record names"""
 
 
 def measure(
@@ -90,7 +92,8 @@ def measure(
 
 
 def rows(outcome: Outcome) -> list[Row]:
-    told = "finished exports that answer 409 and keep their artifact"
+    kept = "cancelled when it was finished: answers 409 and keeps its artifact"
+    whole = "cancelled between manifest and commit: a whole version, named by no record"
     return [
         at_most(
             f"SIGTERM at {len(outcome.stop_seconds)} moments of the work: gone after", outcome.stop_seconds, SECONDS
@@ -101,7 +104,8 @@ def rows(outcome: Outcome) -> list[Row]:
         none_of("records not given back at once", outcome.held),
         none_of("not completed by the next attempt", outcome.unfinished),
         none_of("left of cancelled exports", outcome.of_cancelled),
-        Row(told, str(outcome.kept), "", True),
+        Row(whole, str(outcome.published), "left to the sweep", True),
+        Row(kept, str(outcome.kept), "", True),
     ]
 
 
@@ -147,7 +151,12 @@ class _Stopping:
                 outcome.not_told += [f"{job_id} ended with {status}: {exporter.said()[-300:]}"] * (status != TRY_AGAIN)
                 if (record.state, record.lease) != (State.QUEUED, None):
                     outcome.held.append(f"{record.export_id} is {record.state}, lease {record.lease}")
-            outcome.unfinished += [*([f"{job_id} ended with {again}"] * (again != 0)), *faults, *laptop.leftovers()]
+            outcome.unfinished += [
+                *([f"{job_id} ended with {again}"] * (again != 0)),
+                *faults,
+                *laptop.leftovers(),
+                *laptop.tokens_left(),
+            ]
         laptop.clear()
         return at_work
 
@@ -167,7 +176,8 @@ class _Stopping:
         status = exporter.wait(LIMIT_SECONDS)
         seconds = time.monotonic() - began
         exporter.kill()
-        record, left = laptop.record(export_id), [*laptop.artifact(job_id, kind), *laptop.leftovers()]
+        record, left = laptop.record(export_id), laptop.artifact(job_id, kind)
+        is_published = any(name.endswith(f"/{MANIFEST}") for name in left)
         with self._lock:
             if not was_unfinished:
                 self.outcome.kept += 1
@@ -176,7 +186,9 @@ class _Stopping:
                 self.outcome.cancel_seconds.append(seconds)
                 if record.state is not State.CANCELLED or status != 0:
                     self.outcome.of_cancelled.append(f"{export_id} is {record.state}, exit {status}")
-                self.outcome.of_cancelled += [f"{export_id}: {name}" for name in left]
+                self.outcome.published += is_published
+                self.outcome.of_cancelled += [f"{export_id}: {name}" for name in left if not is_published]
+            self.outcome.of_cancelled += [*laptop.leftovers(), *laptop.tokens_left()]
         laptop.clear()
         return was_unfinished
 
