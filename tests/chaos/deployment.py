@@ -24,7 +24,7 @@ from exporter.lease import Term
 from tests.chaos.faults import Dice, FaultyQueue, FaultyRecords, FaultyRunner, FaultyTokens
 from tests.chaos.faulty_artifacts import FaultyArtifacts
 from tests.chaos.in_process import ThreadRunner
-from tests.chaos.watch import Watch, WatchedRecords
+from tests.chaos.watch import Watch
 from tests.exporter.exporting import QUICK, training_document
 
 JOB = "job-1"
@@ -125,7 +125,7 @@ class Deployment:
         self.stack.trigger.deliver(body, attributes)
 
     def _records(self, caller: str) -> FaultyRecords:
-        return FaultyRecords(WatchedRecords(self.records, self.watch, caller), self.dice, caller)
+        return FaultyRecords(self.records, self.dice, caller, self.watch)
 
     def _stores(self, execution: str, attempt: int) -> Stores:
         caller = f"{execution}/{attempt}"
