@@ -49,7 +49,7 @@ class Watch:
         Args:
             old: What it replaces.
             new: The record.
-            caller: Who writes it.
+            caller: Who writes it; what an execution's tasks are called begins with its name and `/`.
             store: Writes it; whether it did.
         """
         with self._lock:
@@ -71,6 +71,7 @@ class Watch:
         changes_hands = (before and before.lease_id) != (after and after.lease_id)
         if before is not None and changes_hands and before.expires_at <= datetime.now(UTC):
             self._lapsed.add(before.lease_id)
-        if after is not None and changes_hands and new.state is State.RUNNING:
+        if after is not None and new.state is State.RUNNING:
             self._holder[new.export_id] = after.lease_id
-            self._held.setdefault(caller, {})[new.export_id] = after.lease_id
+            if after.owner == caller.partition("/")[0]:  # several tasks hold one lease
+                self._held.setdefault(caller, {})[new.export_id] = after.lease_id
