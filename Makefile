@@ -10,7 +10,7 @@ UNSLOTH_READY := $(UNSLOTH_VENV)/.ready
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: setup demo demo-cloud test test-full test-unsloth matrix lint bench chaos clean
+.PHONY: setup demo demo-cloud test test-full test-unsloth matrix lint bench chaos fuzz clean
 
 setup: $(READY)
 
@@ -62,6 +62,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Each parser of what strangers wrote gets so many seconds; what is found stays in .fuzz.
+FUZZ_SECONDS ?= 600
+fuzz: setup
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[fuzz]"
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
 bench: setup
 	$(BIN)/python -m tests.bench
 
@@ -69,4 +75,4 @@ chaos: setup
 	$(BIN)/python -m tests.chaos
 
 clean:
-	rm -rf $(VENV) $(UNSLOTH_VENV) .gemma-export .bench .chaos
+	rm -rf $(VENV) $(UNSLOTH_VENV) .gemma-export .bench .chaos .fuzz

@@ -12,6 +12,10 @@ from dispatcher.errors import NotFound, SourceError, Unavailable
 PARTIAL = ".partial"
 """What the hidden names of unpublished files end with."""
 
+MAX_FILE_BYTES = 1 << 38
+"""Twice the largest Gemma in float32, in one file; what is listed is read for its checksum, and a hole of any size
+takes no room on a disk."""
+
 
 def _is_utf8(name: str) -> bool:
     try:
@@ -46,6 +50,11 @@ def walk(top: Path) -> Iterator[tuple[str, Path, int]]:
             with suppress(FileNotFoundError):  # a partial of another process, gone meanwhile
                 facts = path.stat()
                 if stat.S_ISREG(facts.st_mode):
+                    if facts.st_size > MAX_FILE_BYTES:
+                        raise SourceError(
+                            f"{path} has {facts.st_size} bytes, {MAX_FILE_BYTES} are the most: remove it",
+                            code="file_too_large",
+                        )
                     yield path.relative_to(top).as_posix(), path, facts.st_size
 
 

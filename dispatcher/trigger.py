@@ -19,6 +19,8 @@ from dispatcher.tasks import task_count
 logger = logging.getLogger(__name__)
 
 REPUBLISH_AFTER = timedelta(minutes=5)
+SETTLING = timedelta(minutes=1)
+"""Within which whoever queued an export publishes it, withdraws it, or is started again to go on with it."""
 OUTAGE = 10
 """Exports in a row that a sweep cannot tend, each perhaps after seconds, until it takes the queue for gone."""
 RACES = 50
@@ -210,6 +212,10 @@ class Trigger:
         """Whether a queued record's message was never sent, or so long ago that it may be lost."""
         return record.published_at is None or record.published_at + REPUBLISH_AFTER <= self._clock()
 
+    def _is_settled(self, record: ExportRecord) -> bool:
+        """Whether nobody is about to do it: one that was never published may be withdrawn, or its task tried again."""
+        return record.published_at is not None or record.updated_at + SETTLING <= self._clock()
+
     def _moved(self, record: ExportRecord) -> ExportRecord | None:
         """The next move of a record towards an execution; None when none is called for."""
         now = self._clock()
@@ -271,7 +277,7 @@ class Trigger:
 
     def _tended(self, record: ExportRecord, *, lost_messages: bool) -> Iterator[str]:
         """Does what an unfinished record needs, and says each thing when it is done; see `sweep`."""
-        overdue = record.state is State.QUEUED and self.is_overdue(record)
+        overdue = record.state is State.QUEUED and self.is_overdue(record) and self._is_settled(record)
         back = self.reclaimed(record)
         if back is None and overdue and not lost_messages:
             back = lifecycle.undelivered(record, now=self._clock())

@@ -20,6 +20,15 @@ from exporter.tensors import TORCH_DTYPE, is_sound, parts_of
 WEIGHTS_NAME = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 
+MAX_COMPARISONS = 100_000_000
+"""Ten times what an adapter takes that names each of a thousand modules, with a rank and a scale of its own"""
+_COMPARED = {
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_to_transform", "target_parameters"), 1),
+    **dict.fromkeys(("modules_to_save", "trainable_token_indices"), 10),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), 25),
+}
+"""What of a config is compared with each tensor's name, and how long one comparison takes"""
+
 Change = LoraPair | Saved | AddedBias
 """What becomes of one tensor of the base."""
 
@@ -50,7 +59,23 @@ def read_adapter(directory: Path) -> Adapter:
     refuse_unsupported(config)
     refuse_without_weights([path.name for path in directory.iterdir() if path.is_file()], str(directory))
     file = read_tensor_file(directory / WEIGHTS_NAME)
+    _refuse_endless(file, config)
     return Adapter(directory, config, file, _changes(file, config))
+
+
+def _refuse_endless(file: TensorFile, config: dict[str, Any]) -> None:
+    """Refuse more names than can be compared with each other in a minute.
+
+    Raises:
+        SourceError: `adapter_too_complex`.
+    """
+    names = sum(weight * len(config[s]) for s, weight in _COMPARED.items() if isinstance(config.get(s), list | dict))
+    if names * len(file.tensors) > MAX_COMPARISONS:
+        raise SourceError(
+            f"{file.name} has {len(file.tensors)} tensors, and its config thousands of names for them: more than can "
+            "be compared. Write target_modules by the ends of names.",
+            code="adapter_too_complex",
+        )
 
 
 def refuse_without_weights(names: Collection[str], where: str) -> None:

@@ -109,15 +109,16 @@ class Work:
         identity, manifest = _settled(self.store, self.job.job_id, wanted)
         directory = _directory(self.job.job_id, identity)
         attempt = Attempt(self.store, directory)
+        if tasks.count == 1 and self.hold.is_ours():
+            # Also beside a manifest: who published that may have been killed before it removed the file's other name.
+            self.store.remove_unpublished(directory)
+            self.store.remove_unpublished(attempt.parts_directory)
         if manifest is not None:
             log.info("found finished, only recording it: %s", directory)
             _drop_parts(attempt)
             return _result(self.store, directory, manifest, {}, identity)
         self.hold.agree(identity.version, instead_of=identity.nonce)
         self.hold.cleared_by(partial(_clear, attempt, self.hold))
-        if tasks.count == 1 and self.hold.is_ours():
-            self.store.remove_unpublished(directory)
-            self.store.remove_unpublished(attempt.parts_directory)
         try:
             made = recipe.make(attempt)
             if made is None:
@@ -144,8 +145,7 @@ class Work:
                 run["logits"] = made.logits
             publish_manifest(self.store, directory, manifest, run)
         except BaseException as error:
-            if not _goes_on(error) or self.hold.is_cancelled():
-                _take_back(attempt, self.hold)
+            _take_back(attempt, self.hold, goes_on=_goes_on(error) and not self.hold.is_cancelled())
             if tasks.count > 1 and isinstance(error, ArtifactConflict | VerificationFailed):
                 attempt.spoil()  # no task can tell whether others still count on what is wrong there
             raise
@@ -205,10 +205,13 @@ def _goes_on(error: BaseException) -> bool:
     return isinstance(error, ExportError) and error.retryable and error.error_code != "source_changed"
 
 
-def _take_back(attempt: Attempt, hold: Hold) -> None:
-    """Remove what a failed attempt published; what failed it counts, and not that this fails too."""
+def _take_back(attempt: Attempt, hold: Hold, *, goes_on: bool) -> None:
+    """Remove what a failed attempt published, unless it goes on; what failed it counts, and not that this fails too."""
     try:
-        if not attempt.store.exists(attempt.store.uri(f"{attempt.directory}/{MANIFEST_NAME}")):
+        if attempt.store.exists(attempt.store.uri(f"{attempt.directory}/{MANIFEST_NAME}")):
+            # By somebody else, while this one slept: it may have noted a part since that is nobody's to go on from.
+            _drop_parts(attempt)
+        elif not goes_on:
             attempt.withdraw(hold)
     except ExportError as error:
         log.warning("files stay in %s: %s", attempt.directory, error.message)
@@ -216,13 +219,13 @@ def _take_back(attempt: Attempt, hold: Hold) -> None:
 
 def _clear(attempt: Attempt, hold: Hold) -> None:
     """Remove all that the attempt at a cancelled export wrote, half-written files too, while its work hangs."""
-    _take_back(attempt, hold)
+    _take_back(attempt, hold, goes_on=False)
 
 
 def _drop_parts(attempt: Attempt) -> None:
     """Remove what nobody goes on from any more; the artifact is published, and that is what counts."""
     try:
-        attempt.store.delete_prefix(attempt.parts_directory)
+        attempt.drop_parts()
     except ExportError as error:
         log.warning("%s stays: %s", attempt.parts_directory, error.message)
 

@@ -118,10 +118,20 @@ class Attempt:
                 self.spoil()
             if hold.is_ours():
                 self.store.delete_prefix(self.directory)
-                for name in self.store.children(self.parts_directory):
-                    if not name.startswith(SPOILT_PREFIX):  # each task of several removes its own mark when it is done
-                        self.store.delete_prefix(f"{self.parts_directory}/{name}")
+                self.drop_parts()
             self.store.delete_prefix(self._mark)
+
+    def drop_parts(self) -> None:
+        """Remove what others could go on from, but no mark: whoever made one removes it.
+
+        Raises:
+            ExportError: Something cannot be removed.
+        """
+        names = self.store.children(self.parts_directory)
+        kept = any(name.startswith(SPOILT_PREFIX) for name in names)
+        unmarked = [f"{self.parts_directory}/{name}" for name in names if not name.startswith(SPOILT_PREFIX)]
+        for path in unmarked if kept else [self.parts_directory]:
+            self.store.delete_prefix(path)
 
     def _refuse_withdrawn(self) -> None:
         if self._is_withdrawn:

@@ -1,6 +1,5 @@
 """Which base an adapter is merged into: the training job's own, or the 16-bit model that a quantized one is of."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -10,6 +9,7 @@ from dispatcher.artifacts import ArtifactStore, StoredFile, file_uri
 from dispatcher.contract import TrainingJob
 from dispatcher.errors import NotFound, SourceError, Unsupported
 from exporter.byte_source import changed
+from exporter.documents import parse_json_object
 from exporter.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from exporter.quantized import twin_of
 from exporter.sources import Base, Opener, QuantizedBase, TokenSource, local_path, open_base
@@ -29,12 +29,11 @@ def adapter_config(store: ArtifactStore, uri: str, files: list[StoredFile]) -> d
     if listed is None or listed.size > MAX_CONFIG_BYTES:
         return {}
     try:
-        config = json.loads(store.read(file_uri(uri, CONFIG_NAME), limit=MAX_CONFIG_BYTES))
+        return parse_json_object(store.read(file_uri(uri, CONFIG_NAME), limit=MAX_CONFIG_BYTES))
     except NotFound as error:
         raise changed("the adapter") from error
-    except (ValueError, RecursionError):
+    except ValueError:
         return {}
-    return config if isinstance(config, dict) else {}
 
 
 def base_for(job: TrainingJob, adapter: Mapping[str, Any], token: TokenSource, *, opener: Opener = open_base) -> Base:

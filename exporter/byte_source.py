@@ -5,11 +5,12 @@ version. What could only be a mixture of two is an error.
 """
 
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
-from dispatcher.errors import Unavailable
+from dispatcher.errors import SourceError, Unavailable
 
 
 class ByteStream(Protocol):
@@ -95,9 +96,13 @@ class LocalFile:
         """The file as it is now.
 
         Raises:
+            SourceError: `file_not_regular`: a directory, a pipe, a device.
             OSError: It cannot be read.
         """
-        stamp = _stamp(path.stat())
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise SourceError(f"{path.name[:200]!r} is no regular file.", code="file_not_regular")
+        stamp = _stamp(facts)
         return cls(path, stamp[2], stamp)
 
     @property
@@ -106,7 +111,8 @@ class LocalFile:
 
     def open(self, *, whole: bool = False) -> "_LocalReader":
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            # Without O_NONBLOCK, a pipe that took the file's name would be waited for.
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise changed(self.name) from error
         if _stamp(os.fstat(descriptor)) != self.stamp:

@@ -6,6 +6,9 @@ So the template is rendered, and what it writes is compared with the formats kno
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from exporter.chat_template import render
 
 Messages = Sequence[tuple[str, str]]
 """Pairs of a role (`system`, `user` or `assistant`) and what it says, without white space around it."""
@@ -66,25 +69,21 @@ _SYSTEM: Messages = (("system", "an instruction"), *_CHAT)
 
 def chat_format(template: str) -> ChatFormat | None:
     """The format that a Jinja chat template writes, for chats with and without a system's message; none if it is not
-    one of `FORMATS`. A template that refuses a system's message leaves open what is done with one."""
-    plain, instructed = _rendered(template, _CHAT), _rendered(template, _SYSTEM)
+    one of `FORMATS`. A template that refuses a system's message leaves open what is done with one.
+
+    Raises:
+        SourceError: As `chat_template.render`.
+    """
+    plain, instructed = (
+        None if text is None else text.removeprefix(_TOKENS["bos_token"])
+        for text in render(template, [_prompt(_CHAT), _prompt(_SYSTEM)])
+    )
     for known in FORMATS:
         if plain == known.prompt(_CHAT) and instructed in (None, known.prompt(_SYSTEM)):
             return known
     return None
 
 
-def _rendered(template: str, messages: Messages) -> str | None:
-    """What transformers makes of it, without the token that begins the text; none where the template fails."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
+def _prompt(messages: Messages) -> dict[str, Any]:
     conversation = [{"role": role, "content": content} for role, content in messages]
-    try:
-        (text,), _ = render_jinja_template(
-            [conversation], chat_template=template, add_generation_prompt=True, **_TOKENS
-        )
-    # A template is a program: it refuses by a TemplateError, and does not expect every chat.
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        return None
-    return str(text).removeprefix(_TOKENS["bos_token"])
+    return {"messages": conversation, "add_generation_prompt": True, **_TOKENS}

@@ -14,13 +14,17 @@ from typing import Any
 
 from dispatcher.errors import SourceError
 from exporter.byte_source import ByteReader, ByteSource, LocalFile, read_bytes
-from exporter.documents import read_json_object
+from exporter.documents import parse_json_object, read_bounded
 
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors library itself."""
+MAX_HEADER_BYTES = 32_000_000
+"""Ten times the header of any model; the safetensors library takes 100 MB, of which Python's reader makes gigabytes."""
+MAX_TENSORS = 200_000
+"""Of a model, whether in one file or in many: a hundred times as many as any Gemma has"""
+MAX_EMPTY = 1_000_000
+"""The longest dimension of a tensor without elements: of others, the bytes of the file are the limit."""
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_INDEX_BYTES = 100_000_000
+MAX_INDEX_BYTES = 32_000_000
 MAX_NAME = 1000
 """Characters of a tensor's name: ten times the longest of any Gemma."""
 ITEM_SIZE = {
@@ -113,11 +117,13 @@ def parse_header(read_at: ReadAt, size: int, name: str) -> tuple[tuple[Tensor, .
         raise _truncated(name, f"it has {size} bytes, a header needs 8")
     length = int.from_bytes(read_at(0, 8), "little")
     if length > MAX_HEADER_BYTES:
-        raise _corrupt(name, f"its header claims {length} bytes, the format allows {MAX_HEADER_BYTES}")
+        raise _corrupt(name, f"its header claims {length} bytes, {MAX_HEADER_BYTES} are the most")
     if 8 + length > size:
         raise _truncated(name, f"its header claims {length} bytes, the file has {size}")
     header = _header_object(read_at(8, length), name)
     metadata = header.pop("__metadata__", {})
+    if len(header) > MAX_TENSORS:
+        raise _corrupt(name, f"it has {len(header)} tensors, {MAX_TENSORS} are the most")
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _corrupt(name, "__metadata__ must map text to text")
     data_start = 8 + length
@@ -141,19 +147,9 @@ def _byte_order(tensor: Tensor) -> tuple[int, int]:
 
 def _header_object(raw: bytes, name: str) -> dict[str, Any]:
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise _corrupt(name, f"its header is not JSON: {str(error)[:200]}") from error
-    if not isinstance(header, dict):
-        raise _corrupt(name, f"its header is a {type(header).__name__}, an object was expected")
-    return header
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
+        return parse_json_object(raw, max_marks=16 * MAX_TENSORS)
+    except ValueError as error:
+        raise _corrupt(name, f"its header cannot be read: {str(error)[:200]}") from error
 
 
 def _tensor(key: str, entry: Any, data_start: int, name: str) -> Tensor:
@@ -171,6 +167,8 @@ def _tensor(key: str, entry: Any, data_start: int, name: str) -> Tensor:
         raise _corrupt(name, f"{where} has no valid data_offsets")
     begin, end = offsets
     nbytes = math.prod(shape) * ITEM_SIZE[dtype]
+    if nbytes == 0 and max(shape) > MAX_EMPTY:
+        raise _corrupt(name, f"{where} of shape {shape} has no elements, and a dimension of more than {MAX_EMPTY}")
     if end - begin != nbytes:
         raise _corrupt(name, f"{where} of shape {shape} and dtype {dtype} needs {nbytes} bytes, it has {end - begin}")
     return Tensor(key, dtype, tuple(shape), data_start + begin, nbytes)
@@ -217,17 +215,19 @@ def open_checkpoint(directory: Path, weights: Mapping[str, ByteSource] | None = 
 
 def _open_sharded(index_path: Path, weights: Mapping[str, ByteSource]) -> Checkpoint:
     try:
-        index = read_json_object(index_path, limit=MAX_INDEX_BYTES)
+        content = read_bounded(index_path, limit=MAX_INDEX_BYTES)
+        index = parse_json_object(content)
     except ValueError as error:
         raise bad_index(str(error)[:200], "base") from error
     weight_map = weight_map_of(index, "base")
-    files = []
+    files: list[TensorFile] = []
     for name in sorted(set(weight_map.values())):
         if name not in weights:
-            raise SourceError(f"{name} is missing, but {INDEX_NAME} names it.", code="base_missing")
+            raise SourceError(f"{name[:200]!r} is missing, but {INDEX_NAME} names it.", code="base_missing")
         files.append(tensor_file(weights[name]))
+        refuse_too_many(sum(len(file.tensors) for file in files), "base")
     refuse_astray(weight_map, {file.name: file.tensors for file in files}, "base")
-    return Checkpoint(tuple(files), index_path.read_bytes())
+    return Checkpoint(tuple(files), content)
 
 
 def weight_map_of(index: Mapping[str, Any], role: str) -> dict[str, str]:
@@ -239,10 +239,21 @@ def weight_map_of(index: Mapping[str, Any], role: str) -> dict[str, str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         raise bad_index("weight_map must map tensor names to file names", role)
+    refuse_too_many(len(weight_map), role)
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise bad_index(f"{name[:200]!r} is not the name of a safetensors file beside it", role)
     return weight_map
+
+
+def refuse_too_many(count: int, role: str) -> None:
+    """Refuse a model of more tensors than are read.
+
+    Raises:
+        SourceError: `{role}_index_invalid`.
+    """
+    if count > MAX_TENSORS:
+        raise bad_index(f"it has {count} tensors or more, {MAX_TENSORS} are the most", role)
 
 
 def refuse_astray(weight_map: Mapping[str, str], files: Mapping[str, Sequence[Tensor]], role: str) -> None:

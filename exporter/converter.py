@@ -20,6 +20,8 @@ from exporter.models import library_errors, quiet
 from exporter.tensors import TORCH_DTYPE
 
 MAX_MESSAGE = 500
+OURS = "Gemma"
+"""How the classes begin that are converted"""
 _LOCK = threading.Lock()
 """For what belongs to the whole process, and `quiet` and libraries change and put back"""
 
@@ -94,6 +96,9 @@ def convert(directory: Path, tensors: Mapping[str, Stored], read: Read, *, proje
         with _LOCK, quiet(), torch.inference_mode():
             hparams = conversion.ModelBase.load_hparams(directory, False)
             architecture = conversion.get_model_architecture(hparams, kind)
+            if not str(architecture).startswith(OURS):
+                # Some of the others' classes load a tokenizer with trust_remote_code; and a nested config names one.
+                raise NotImplementedError(f"{str(architecture)[:80]!r} is no Gemma")
             model_class = conversion.get_model_class(architecture, mmproj=projector)
             model = _fed(model_class, tensors, read)(directory, file_type, directory / "unwritten.gguf")
             model.prepare_tensors()

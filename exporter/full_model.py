@@ -20,6 +20,7 @@ from exporter.checkpoint import (
     bad_index,
     parse_header,
     refuse_astray,
+    refuse_too_many,
     weight_map_of,
 )
 from exporter.documents import parse_json_object
@@ -163,8 +164,11 @@ def weights_of(model: FullModel) -> Weights:
         raise bad_index(str(error)[:200], "model") from error
     names = sorted(set(weight_map.values()))
     if missing := [name for name in names if name not in model.files]:
-        raise SourceError(f"{missing[0]} is missing, but {INDEX_NAME} names it.", code="model_weights_missing")
-    weights = {name: _header(model, name) for name in names}
+        raise SourceError(f"{missing[0][:200]!r} is missing, but {INDEX_NAME} names it.", code="model_weights_missing")
+    weights: dict[str, tuple[Tensor, ...]] = {}
+    for name in names:
+        weights[name] = _header(model, name)
+        refuse_too_many(sum(map(len, weights.values())), "model")
     refuse_astray(weight_map, weights, "model")
     return weights
 

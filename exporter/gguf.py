@@ -27,7 +27,7 @@ from exporter.gemma import TEMPLATE_FILE, family_of
 from exporter.gguf_feed import language_tensors, projector_tensors, refuse_inconvertible
 from exporter.gguf_file import GgufFile, plan_as_converted, plan_quantized
 from exporter.gguf_parts import Division, write_gguf
-from exporter.gguf_tokenizer import describe_added_tokens
+from exporter.gguf_tokenizer import CODE, describe_added_tokens, leave_out_code
 from exporter.gguf_verify import verify_gguf
 from exporter.gguf_write import GgufOverflow, write_parts
 from exporter.lease import Report
@@ -206,13 +206,15 @@ def _laid_out(model: Model) -> Iterator[Path]:
         with scratch_directory() as scratch:
             directory = scratch / model.name
             directory.mkdir()
-            (directory / "config.json").write_bytes(config_bytes(model.config))
+            config = {key: value for key, value in model.config.items() if key != CODE}
+            (directory / "config.json").write_bytes(config_bytes(config))
             for name, source in model.side_files.items():
                 (directory / name).parent.mkdir(exist_ok=True)
                 (directory / name).symlink_to(source.resolve())
             if model.template is not None:
                 (directory / TEMPLATE_FILE).unlink(missing_ok=True)  # a link would lead to somebody's own file
                 (directory / TEMPLATE_FILE).write_bytes(model.template)
+            leave_out_code(directory)
             describe_added_tokens(directory)
             yield directory
     except OSError as error:

@@ -88,7 +88,7 @@ def language_tensors(
         Unsupported: `unsupported_base_dtype`.
     """
     text = text_of(config)
-    layers, shared = int(text.get("num_hidden_layers") or 0), int(text.get("num_kv_shared_layers") or 0)
+    layers, shared = (_count(text, name) for name in ("num_hidden_layers", "num_kv_shared_layers"))
     fed: dict[str, Stored] = {}
     for name, tensor in outputs.items():
         canonical = canonical_name(name, family)
@@ -107,13 +107,21 @@ def language_tensors(
     return fed
 
 
+def _count(text: Mapping[str, Any], name: str) -> int:
+    """A number of layers in a config.json; 0 where it says nothing, or what is none."""
+    found = text.get(name)
+    return found if type(found) is int and 0 <= found <= MAX_LAYERS else 0
+
+
 def _missing(fed: Mapping[str, Stored], first: int) -> dict[str, Stored]:
     """Zeros for the keys and values of layers from `first` on that a checkpoint was saved without."""
     missing = {}
+    places = {name: _LAYER.fullmatch(name) for name in fed}
+    numbers = sorted({int(place["number"]) for place in places.values() if place})
     for name, stored in fed.items():
-        place = _LAYER.fullmatch(name)
+        place = places[name]
         if place is not None and int(place["number"]) == 0 and place["rest"] in _SHARED:
-            for number in sorted({int(m["number"]) for other in fed if (m := _LAYER.fullmatch(other))}):
+            for number in (number for number in numbers if number < MAX_LAYERS):
                 sibling = f"{place['layers']}{number}.{place['rest']}"
                 if number >= first and sibling not in fed:
                     missing[sibling] = Stored(None, stored.shape, stored.dtype)

@@ -1,5 +1,6 @@
 """The Hugging Face hub, as far as an export reads it: what a repository is, how its tensors are stored, its files."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 CONFIG_NAME = "config.json"
+MAX_FILES = 100_000
+MAX_NAME = 1000
+"""Characters"""
+MAX_FETCHED_BYTES = 200_000_000
+"""Of a file that is no weights: five times the largest tokenizer of a Gemma"""
+_SOUND = re.compile(r"[^\\\x00-\x1f\x7f\ud800-\udfff]+")
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ def look_up(
 
     Raises:
         SourceError: `base_gated`, `base_missing`, `base_revision_missing`, `base_disabled`, `base_unlisted`,
-            `hub_token_invalid`, `hub_token_unneeded`, `hub_token_forbidden`.
+            `base_listing_invalid`, `hub_token_invalid`, `hub_token_unneeded`, `hub_token_forbidden`.
         Unavailable: `hub_unavailable`.
     """
     # Costs half a second, and a base in a directory does not need it.
@@ -97,6 +104,7 @@ def _told(model_id: str, revision: str | None, token: str | None) -> "ModelInfo"
     with translating(_where(model_id, revision), has_token=token is not None):
         # With each file's size and digest: one request, not one a file.
         found = HfApi(token=token or False).model_info(model_id, revision=revision, files_metadata=True)
+    _refuse_hostile(found.siblings or (), _where(model_id, revision))
     files = {sibling.rfilename: sibling for sibling in found.siblings or ()}
     proof = next(
         iter(_weights(found, model_id, token)), CONFIG_NAME if CONFIG_NAME in files else next(iter(files), None)
@@ -104,6 +112,29 @@ def _told(model_id: str, revision: str | None, token: str | None) -> "ModelInfo"
     if proof is not None:
         _pinned(model_id, found.sha, files[proof], token).prove_access()
     return found
+
+
+def _refuse_hostile(files: "Sequence[RepoSibling]", where: str) -> None:
+    """Refuse names that lead out of a directory, or that no model has, before anything is fetched by them.
+
+    Raises:
+        SourceError: `base_listing_invalid`.
+    """
+    if len(files) > MAX_FILES:
+        raise SourceError(
+            f"{where} has {len(files)} files, {MAX_FILES} are the most: name a model.", code="base_listing_invalid"
+        )
+    for file in files:
+        name = file.rfilename
+        if len(name) > MAX_NAME or not _SOUND.fullmatch(name) or not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise SourceError(f"{where} has a file of the name {name[:200]!r}.", code="base_listing_invalid")
+        # What is fetched whole; weights are read by ranges, and are as large as they are.
+        fetched = name.endswith((".json", ".model", ".jinja"))
+        if fetched and (file.size or 0) > MAX_FETCHED_BYTES:
+            raise SourceError(
+                f"{where} has {name[:200]!r} of {file.size} bytes, {MAX_FETCHED_BYTES} are the most.",
+                code="base_listing_invalid",
+            )
 
 
 def _weights(found: "ModelInfo", model_id: str, token: str | None) -> dict[str, HubFile]:
@@ -128,10 +159,18 @@ def _pinned(model_id: str, commit: str | None, sibling: "RepoSibling", token: st
 
 def _snapshot(model_id: str, revision: str | None, token: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # documented there
 
     disable_progress_bars()  # a log has one JSON object a line
-    return Path(snapshot_download(model_id, revision=revision, token=token or False, allow_patterns=list(patterns)))
+    try:
+        return Path(snapshot_download(model_id, revision=revision, token=token or False, allow_patterns=list(patterns)))
+    except HFValidationError:  # a ValueError too
+        raise
+    except ValueError:  # at a name that leads out of its cache; it asks for another listing than `_told` looked at
+        raise SourceError(
+            f"{_where(model_id, revision)} has files of names that cannot be written.", code="base_listing_invalid"
+        ) from None
 
 
 def _where(model_id: str, revision: str | None) -> str:

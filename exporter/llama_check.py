@@ -96,6 +96,7 @@ def check_gguf(
     Raises:
         VerificationFailed: `gguf_not_loadable`, `gguf_tokens_differ`, `gguf_template_differs`, `gguf_logits_differ`;
             `output_not_loadable` where transformers does not load the tokenizer.
+        SourceError: As `chat_template.render`; `side_file_invalid`.
     """
     text = Text(model_dir, config)
     size = path.stat().st_size
@@ -110,9 +111,11 @@ def check_gguf(
         "conversations": list(CONVERSATIONS),
         "prompt": [] if reason else prompt,
     }
+    # First, and within limits: what is rendered there is bounded by the time that llama.cpp has alone.
+    rendered = text.render(while_waiting=while_waiting)
     answer, found = _asked(request, path.name, seconds or SECONDS + size / BYTES_PER_SECOND, while_waiting)
     loaded = "whole" if whole else "vocabulary"
-    verified = {**text.compare_tokens(answer), **text.compare_template(answer)}
+    verified = {**text.compare_tokens(answer), **text.compare_template(answer, rendered)}
     if reason or weights is None:
         return LlamaCheck(verified, loaded, {"compared": False, "why": reason})
     return LlamaCheck(verified, loaded, _compare_logits(found, config, prompt, weights, limit_of(config, quantization)))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from exporter.child import end_with_parent
+from exporter.limited import limits
 
 LOG_ERROR, LOG_CONTINUED = 4, 5
 """Levels of a log callback (`enum ggml_log_level` in ggml.h); the latter goes on with the line before."""
@@ -135,7 +136,6 @@ def _tokenized(loaded: _Loaded, text: str, *, special: bool, add: bool = False) 
 
 
 def _rendered(loaded: _Loaded, template: str, turns: list[dict[str, Any]]) -> list[str | None]:
-    from jinja2 import TemplateError
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     bos, eos = (
@@ -149,9 +149,12 @@ def _rendered(loaded: _Loaded, template: str, turns: list[dict[str, Any]]) -> li
     found: list[str | None] = []
     for begin in (False, True):
         try:
-            render = formatter(template, eos_token=eos, bos_token=bos, add_generation_prompt=begin)
-            found.append(render(messages=turns).prompt)
-        except (TemplateError, ValueError, TypeError):  # as its `raise_exception` does, and Jinja itself
+            with limits():
+                render = formatter(template, eos_token=eos, bos_token=bos, add_generation_prompt=begin)
+                found.append(render(messages=turns).prompt)
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001  # a template is a stranger's program, and may make any error
             found.append(None)
     return found
 

@@ -1,14 +1,20 @@
 """Whether a GGUF's vocabulary and chat template do to text what the model's tokenizer does in transformers."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dispatcher.errors import VerificationFailed
+from dispatcher.errors import SourceError, VerificationFailed
+from exporter.chat_template import render
+from exporter.documents import read_json_object
+from exporter.gemma import LEGACY_TEMPLATE_FILE
 from exporter.llama_corpus import CONVERSATIONS, LINES
 from exporter.llama_run import Answer
 from exporter.models import quiet
+from exporter.sidefiles import MAX_SIDE_FILE_BYTES
+
+Rendered = list[list[str | None]]
+"""Of each conversation: without and with the beginning of an answer"""
 
 SPACE = "▁"
 """Stands for a space in the pieces of a vocabulary: https://github.com/google/sentencepiece#whitespace-is-treated-as-a-basic-symbol."""
@@ -106,8 +112,30 @@ class Text:
             if found is None or found.replace(SPACE, " ") != text.replace(SPACE, " "):
                 _differ(f"token {number} is", found, text)
 
-    def compare_template(self, answer: Answer) -> dict[str, Any]:
-        """Compare what the conversations become; a template may refuse one (a system's turn, say), then both must.
+    def render(self, *, while_waiting: Callable[[], None] = lambda: None) -> Rendered | None:
+        """What the chat template makes of each conversation, without and with the beginning of an answer; None in place
+        of a text where it refuses (a system's turn, say), and at all where there is no template.
+
+        Raises:
+            SourceError: As `chat_template.render`.
+        """
+        if self._template is None:
+            return None
+        tokens = self._tokenizer.special_tokens_map
+        prompts = [
+            {**tokens, "messages": turns, "add_generation_prompt": begin}
+            for turns in CONVERSATIONS
+            for begin in (False, True)
+        ]
+        found = render(self._template, prompts, while_waiting=while_waiting)
+        return [found[at : at + 2] for at in range(0, len(found), 2)]
+
+    def compare_template(self, answer: Answer, expected: Rendered | None) -> dict[str, Any]:
+        """Compare what the conversations become; what the template refuses, both must.
+
+        Args:
+            answer: llama.cpp's.
+            expected: As `render` gives it.
 
         Returns:
             Whether there is a template, and of how many conversations it makes the same.
@@ -115,34 +143,19 @@ class Text:
         Raises:
             VerificationFailed: `gguf_template_differs`.
         """
-        if self._template is None and answer["template"] is None:
+        if expected is None and answer["template"] is None:
             return {"chat_template": "none", "conversations": 0}
-        if self._template is None or answer["template"] is None:
-            where = "the model has one, the file none" if self._template else "the file has one, the model none"
+        if expected is None or answer["template"] is None:
+            where = "the model has one, the file none" if expected else "the file has one, the model none"
             raise VerificationFailed(f"of a chat template, {where}.", code="gguf_template_differs")
-        rendered = 0
-        for turns, found in zip(CONVERSATIONS, answer["rendered"], strict=True):
-            expected = [self._rendered(turns, begin) for begin in (False, True)]
-            if found != expected:
+        for own, found in zip(expected, answer["rendered"], strict=True):
+            if found != own:
                 raise VerificationFailed(
                     f"the chat template in the file makes {found!r:.400} of a conversation, "
-                    f"the model's own {expected!r:.400}.",
+                    f"the model's own {own!r:.400}.",
                     code="gguf_template_differs",
                 )
-            rendered += expected != [None, None]
-        return {"chat_template": "rendered", "conversations": rendered}
-
-    def _rendered(self, turns: list[dict[str, Any]], begin: bool) -> str | None:
-        from jinja2 import TemplateError
-
-        try:
-            with quiet():
-                text: str = self._tokenizer.apply_chat_template(
-                    turns, chat_template=self._template, tokenize=False, add_generation_prompt=begin
-                )
-        except (TemplateError, ValueError, TypeError):  # as its `raise_exception` does, and Jinja itself
-            return None
-        return text
+        return {"chat_template": "rendered", "conversations": sum(own != [None, None] for own in expected)}
 
 
 def _around(content: str) -> str:
@@ -151,9 +164,17 @@ def _around(content: str) -> str:
 
 def _template(model_dir: Path, own: str | dict[str, str] | None) -> str | None:
     """The default template; that of a processor, where the tokenizer has none."""
-    if own is None and (model_dir / "chat_template.json").is_file():
-        own = json.loads((model_dir / "chat_template.json").read_text()).get("chat_template")
-    return own.get("default") if isinstance(own, dict) else own
+    legacy = model_dir / LEGACY_TEMPLATE_FILE
+    if own is None and legacy.is_file():
+        try:
+            own = read_json_object(legacy, limit=MAX_SIDE_FILE_BYTES).get("chat_template")
+        except ValueError as error:
+            raise SourceError(
+                f"{LEGACY_TEMPLATE_FILE} cannot be read: {str(error)[:200]}. Save the processor again.",
+                code="side_file_invalid",
+            ) from error
+    own = own.get("default") if isinstance(own, dict) else own
+    return own if isinstance(own, str) else None
 
 
 def _differ(what: str, found: object, expected: object) -> NoReturn:

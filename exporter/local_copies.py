@@ -14,6 +14,7 @@ from exporter.byte_source import changed
 from exporter.gemma import is_side_file
 from exporter.peft_config import CONFIG_NAME
 from exporter.scratch import scratch_directory
+from exporter.sidefiles import refuse_too_large
 
 log = logging.getLogger(__name__)
 BLOCK_BYTES = 8 << 20
@@ -29,7 +30,7 @@ def adapter_here(store: ArtifactStore, uri: str, files: list[StoredFile]) -> Ite
         files: What is listed there, with checksums; a copy holds these very bytes.
 
     Raises:
-        SourceError: `adapter_missing`, `source_encoded`, and those of `refuse_without_weights`.
+        SourceError: `adapter_missing`, `source_encoded`, `side_file_too_large`, and those of `refuse_without_weights`.
         Unavailable: A file is not what was listed any more (`source_changed`), or cannot be read.
         StorageFull: No room for the copy.
     """
@@ -42,6 +43,9 @@ def adapter_here(store: ArtifactStore, uri: str, files: list[StoredFile]) -> Ite
     if CONFIG_NAME in names:
         refuse_without_weights([name for name in names if "/" not in name], uri)
     wanted = [file for file in files if file.name in (CONFIG_NAME, WEIGHTS_NAME) or is_side_file(file.name)]
+    for file in wanted:
+        if file.name != WEIGHTS_NAME:
+            refuse_too_large(file.name, file.size)
     with files_here(store, uri, wanted) as directory:
         yield directory
 

@@ -15,6 +15,7 @@ import torch
 from dispatcher.errors import ExportError, VerificationFailed
 from exporter.checkpoint import Checkpoint, TensorFile, open_checkpoint
 from exporter.models import is_applied_whole, library_errors, load_model, quiet
+from exporter.peft_patterns import harmless_config
 from exporter.tensors import TORCH_DTYPE
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def _with_and_without(
 
     model = load_model(base, config, torch.float32)
     untrained = logits_of(model, config, tokens)
-    wrapped = PeftModel.from_pretrained(model, adapter)
+    wrapped = PeftModel.from_pretrained(model, adapter, config=harmless_config(adapter, model))
     if not is_applied_whole(wrapped, file):
         raise _NotApplied
     return logits_of(wrapped.get_base_model(), config, tokens), untrained

@@ -63,7 +63,9 @@ def load_model(directory: Path, config: dict[str, Any], dtype: torch.dtype) -> A
         raise SourceError(f"transformers has no class {str(architectures[0])[:80]!r}.", code="base_not_loadable")
     # Read from the directory, a leftover of a quantization that the weights do not have would be believed.
     known = transformers.CONFIG_MAPPING[str(config.get("model_type"))].from_dict(config)
-    return model_class.from_pretrained(directory, config=known, dtype=dtype, trust_remote_code=False).eval()
+    return model_class.from_pretrained(
+        directory, config=known, dtype=dtype, trust_remote_code=False, use_safetensors=True
+    ).eval()
 
 
 def is_applied_whole(wrapped: Any, file: TensorFile) -> bool:

@@ -5,6 +5,7 @@ adds is not merged as if it were not there. Source: `peft.LoraConfig` of PEFT 0.
 """
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from exporter.lora import scaling
 CONFIG_NAME = "adapter_config.json"
 _SILENT = re2.Options()
 _SILENT.log_errors = False  # it would write to stderr past our log
+_SILENT.max_mem = 1 << 20  # of each of a thousand patterns
 MAX_CONFIG_BYTES = 1_000_000
 MAX_RANK = 1_000_000
 MAX_ALPHA = 1e30
@@ -39,6 +41,7 @@ _NOT_ONE_WEIGHT = {
     "layer_replication": "the model has some of the base's layers several times, each with pairs of its own",
     "alora_invocation_tokens": "its pairs only count after certain tokens, which no weight can say",
     "arrow_config": "which of its pairs counts is decided for each token, which no weight can say",
+    "adapters": "which of several adapters counts is decided for each token, which no weight can say",
     "use_qalora": "its pairs are of groups of inputs, of weights that are stored quantized",
 }
 """Settings whose result is not one weight for each of the base's; PEFT merges some of them wrong."""
@@ -158,11 +161,16 @@ def _setting(config: dict[str, Any], pattern_name: str, default_name: str, modul
         raise _invalid(f"{pattern_name} is a {type(patterns).__name__}, an object was expected")
     for pattern, value in patterns.items():
         try:
-            if re2.match(rf"(.*\.)?({pattern})$", module, _SILENT):
+            if _compiled(pattern).match(module):
                 return value
         except re2.error as error:
             raise _invalid(f"{pattern_name} has an invalid pattern {pattern[:80]!r}") from error
     return config.get(default_name)
+
+
+@lru_cache(maxsize=2048)
+def _compiled(pattern: str) -> Any:
+    return re2.compile(rf"(.*\.)?({pattern})$", _SILENT)
 
 
 def names_in(config: dict[str, Any], setting: str) -> list[str]:

@@ -23,6 +23,7 @@ from exporter.making import WRITE_FROM, WRITE_TO, Checks, Made, checked_logits
 from exporter.model_card import CARD_NAME
 from exporter.models import is_applied_whole, library_errors, load_model, quiet
 from exporter.peft_config import read_config, refuse_unmergeable
+from exporter.peft_patterns import harmless_config
 from exporter.plan import is_tied
 from exporter.scratch import scratch_directory
 from exporter.sidefiles import publish_copy, write_side_files
@@ -106,7 +107,8 @@ def merge_with_peft(base: Base, adapter: Path, output: Path) -> None:
         output: An existing, empty directory.
 
     Raises:
-        SourceError: `adapter_weights_missing`, or `base_not_loadable` when transformers cannot load the base.
+        SourceError: `adapter_weights_missing`, those of `harmless_config`, or `base_not_loadable` when transformers
+            cannot load the base.
         Unsupported: What PEFT itself merges wrong (`unsupported_tied_lm_head`, `unsupported_embedding_lora`,
             `unsupported_tied_embedding`), or cannot merge (`peft_failed`).
         AdapterMismatch: NaN in the adapter, `adapter_unmatched` when PEFT applied only part of it, of which it only
@@ -118,7 +120,8 @@ def merge_with_peft(base: Base, adapter: Path, output: Path) -> None:
 
     try:
         with quiet():
-            wrapped = PeftModel.from_pretrained(load_model(base.directory, base.config, DTYPE), adapter)
+            model = load_model(base.directory, base.config, DTYPE)
+            wrapped = PeftModel.from_pretrained(model, adapter, config=harmless_config(adapter, model))
             if not is_applied_whole(wrapped, file):
                 raise AdapterMismatch(
                     "PEFT did not apply the adapter whole: its modules are not this base's.", code="adapter_unmatched"
@@ -142,10 +145,20 @@ def read_for_peft(adapter: Path, base: Base) -> TensorFile:
     file = read_tensor_file(adapter / WEIGHTS_NAME)
     config = read_config(adapter)
     refuse_unmergeable(config)
+    _refuse_what_peft_runs(config)
     _refuse_what_peft_ignores(config)
     _refuse_what_peft_gets_wrong(file, base)
     refuse_not_finite(file)
     return file
+
+
+def _refuse_what_peft_runs(config: dict[str, Any]) -> None:
+    """PEFT imports whatever module `megatron_core` names, if there is a `megatron_config`."""
+    if config.get("megatron_config"):
+        raise Unsupported(
+            "the adapter was trained with megatron_config, whose layers no Gemma has.",
+            code="unsupported_megatron_config",
+        )
 
 
 def _refuse_what_peft_ignores(config: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from dispatcher.errors import AdapterMismatch, Unsupported
 from exporter.adapter import Adapter, Change
 from exporter.checkpoint import ITEM_SIZE, Checkpoint, Tensor, TensorFile, header_bytes
+from exporter.documents import parse_json_object
 from exporter.gemma import EMBEDDINGS, HEAD, Family, canonical_name, head_name
 from exporter.pairs import Layout, LoraPair
 from exporter.saved import Saved
@@ -272,7 +273,7 @@ def _index(base: bytes | None, files: tuple[OutputFile, ...]) -> bytes | None:
     """The base's index with the output's tensors and total size."""
     if base is None:
         return None
-    index = json.loads(base)
+    index = parse_json_object(base)
     index["weight_map"] |= {output.tensor.name: file.name for file in files for output in file.tensors}
     metadata = index.get("metadata")
     if isinstance(metadata, dict) and "total_size" in metadata:

@@ -30,10 +30,25 @@ def side_files(base: Path, adapter: Path) -> dict[str, Path]:
     """Where each side file comes from: the adapter's own where it has one, else the base's; see `origins`.
 
     Raises:
-        SourceError: `side_file_invalid`: a tokenizer_config.json that is none.
+        SourceError: `side_file_too_large`; `side_file_invalid`: a tokenizer_config.json that is none.
     """
     names = origins(side_file_names(adapter), side_file_names(base), has_template=_has_template(adapter))
-    return {name: (adapter if own else base) / name for name, own in names.items()}
+    found = {name: (adapter if own else base) / name for name, own in names.items()}
+    for name, source in found.items():
+        refuse_too_large(name, source.stat().st_size)
+    return found
+
+
+def refuse_too_large(name: str, size: int) -> None:
+    """Refuse a side file that no model has, by its size in bytes.
+
+    Raises:
+        SourceError: `side_file_too_large`.
+    """
+    if size > MAX_SIDE_FILE_BYTES:
+        raise SourceError(
+            f"{name[:200]!r} has {size} bytes, {MAX_SIDE_FILE_BYTES} are the most.", code="side_file_too_large"
+        )
 
 
 def inner_template(base: Path, adapter: Path) -> bytes | None:
@@ -140,12 +155,10 @@ def write_side_files(attempt: Attempt, base: Path, adapter: Path) -> list[Stored
         adapter: The adapter's directory.
 
     Raises:
-        SourceError: `side_file_too_large`, or as `side_files`.
+        SourceError: As `side_files`.
     """
     stored = []
     for name, source in side_files(base, adapter).items():
-        if source.stat().st_size > MAX_SIDE_FILE_BYTES:
-            raise SourceError(f"{name} is larger than {MAX_SIDE_FILE_BYTES} bytes.", code="side_file_too_large")
         stored.append(publish_copy(attempt, name, source))
     if (template := inner_template(base, adapter)) is not None:
         stored.append(attempt.publish(TEMPLATE_FILE, lambda writer: writer.write(template), size=len(template)))

@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 PROGRAM = (sys.executable, "-P", "-m", "exporter.unsloth_engine")
 PACKAGES = ("unsloth", "unsloth_zoo", "transformers", "peft")
 TAIL_CHARACTERS = 4000
+MERGE_SECONDS = 6 * 3600.0
+"""How long it may take: it matches patterns of the adapter's, and renders its chat template, in the child alone."""
 _QUIET = {
     **dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1"),
     **dict.fromkeys(("HF_HUB_DISABLE_TELEMETRY", "UNSLOTH_DISABLE_STATISTICS", "DO_NOT_TRACK"), "1"),
@@ -126,7 +128,11 @@ def merge_with_unsloth(
     with scratch_directory() as place:
         _lay_out(base.directory, checkpoint, adapter, place)
         command = [*PROGRAM, str(place), str(output.absolute())]
-        run_child(command, place, environment=_environment(place), while_waiting=while_waiting)
+        status = run_child(
+            command, place, environment=_environment(place), while_waiting=while_waiting, seconds=MERGE_SECONDS
+        )
+        if status is None:
+            raise Unsupported(f"Unsloth takes longer than {MERGE_SECONDS / 3600:.0f} hours.", code="unsloth_failed")
         answer: dict[str, Any] = {}
         if (place / "answer.json").is_file():
             answer = json.loads((place / "answer.json").read_text())

@@ -47,7 +47,7 @@ def vocabulary_of(config: Mapping[str, Any]) -> int | None:
     text = config.get("text_config")
     found = text.get("vocab_size") if isinstance(text, dict) else None
     found = config.get("vocab_size") if found is None else found
-    return found if isinstance(found, int) else None
+    return found if type(found) is int and 0 <= found < 2**31 else None
 
 
 def highest_added_token(files: Mapping[str, Path]) -> int:
@@ -59,7 +59,7 @@ def highest_added_token(files: Mapping[str, Path]) -> int:
     ids = [-1]
     if (path := files.get(ADDED_NAME)) is not None:
         with contextlib.suppress(ValueError):
-            ids += [value for value in read_json_object(path, limit=MAX_ADDED_BYTES).values() if isinstance(value, int)]
+            ids += [value for value in read_json_object(path, limit=MAX_ADDED_BYTES).values() if _is_id(value)]
     if (path := files.get(TOKENIZER_NAME)) is not None:
         ids += [token["id"] for token in added_tokens(path)]
     return max(ids)
@@ -78,4 +78,8 @@ def added_tokens(path: Path) -> list[dict[str, Any]]:
         return []
     if not isinstance(tokens, list):
         return []
-    return [token for token in tokens if isinstance(token, dict) and isinstance(token.get("id"), int)]
+    return [token for token in tokens if isinstance(token, dict) and _is_id(token.get("id"))]
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31

@@ -48,7 +48,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._begin(body=False)
 
     def _begin(self, *, body: bool) -> None:
-        self.hub.seen.append(Seen(self.host, self.command, self.path, dict(self.headers.items())))
+        seen = Seen(self.host, self.command, self.path, dict(self.headers.items()))
+        self.hub.seen.append(seen)
+        self.hub.before(seen)
         if self.hub.broken:
             return self._answer(HTTPStatus.SERVICE_UNAVAILABLE)
         return self._respond(unquote(urlsplit(self.path).path), body)
@@ -160,9 +162,11 @@ class _HubHandler(_Handler):
             answer = {}
         elif "/tree/" in path:
             answer = [file.in_tree() for file in files]
+            answer += [{**file, "type": "file", "path": file["rfilename"], "oid": "0" * 40} for file in self.hub.listed]
         else:
             blobs = "blobs" in parse_qs(urlsplit(self.path).query) and not self.hub.unlisted
             siblings = [file.as_sibling() if blobs else {"rfilename": file.path.name} for file in files]
+            siblings += self.hub.listed
             answer = {"id": model_id, "modelId": model_id, "sha": COMMIT, "siblings": siblings}
         return self._answer(HTTPStatus.OK, {"Content-Type": "application/json"}, json.dumps(answer).encode())
 

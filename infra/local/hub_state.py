@@ -2,9 +2,10 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_goodTokenOfAnn"  # noqa: S105  # the account that has access to everything
@@ -62,10 +63,14 @@ class Hub:
     """All tokens are."""
     unlisted: bool = False
     """The listing has names alone, as that of some mirrors."""
+    listed: list[dict[str, Any]] = field(default_factory=list)
+    """What the listings have besides, of files that are not there: each a name (`rfilename`) and a size."""
     broken: bool = False
     """503 to everything."""
     bytes_per_second: int | None = None
     """Of each connection."""
+    before: Callable[[Seen], object] = lambda seen: None
+    """Called before each request is answered; while it does not return, the hub says nothing."""
     authorizations: set[str | None] = field(default_factory=set)
     """What came to the hub's own port."""
     seen: list[Seen] = field(default_factory=list)

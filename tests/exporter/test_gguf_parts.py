@@ -280,10 +280,10 @@ def test_a_marker_without_its_part_counts_for_nothing(job: TrainingJob, whole: W
     assert gone in again.noted.parts
 
 
-def test_a_part_that_is_another_than_its_marker_says_spoils_the_version(
+def test_a_part_that_is_another_than_its_marker_says_is_made_again(
     job: TrainingJob, whole: Whole, bucket: NotedBucket
 ) -> None:
-    """Nothing is put together of it: another version is made."""
+    """With all the others: nobody knows what else is wrong there."""
     bucket.noted.before = failing_after(3, Unavailable("the bucket is away"))
     with pytest.raises(Unavailable):
         run(bucket, job)
@@ -294,7 +294,7 @@ def test_a_part_that_is_another_than_its_marker_says_spoils_the_version(
     bucket_named(bucket.bucket).blob(f"gguf_models/{path}").upload_from_string(bytes(end - begin))
     made = run(bucket_again := NotedBucket(bucket.bucket), job)
     assert made is not None
-    assert made.artifact.version not in path
+    assert len(bucket_again.noted.parts) >= PARTS
     assert content(bucket_again, made) == content(whole[0], whole[1]["q8_0"])
 
 

@@ -20,7 +20,7 @@ from dispatcher.errors import ExportError, SourceError, Unavailable
 from dispatcher.sqlite_records import SqliteRecords
 from dispatcher.tokens import FileTokens
 from exporter.byte_source import read_bytes
-from exporter.hub import look_up
+from exporter.hub import MAX_FILES, look_up
 from infra.local.servers import free_port
 from tests.exporter.exporting import merged_into, merged_record, training_document
 from tests.exporter.hub import COMMIT, NARROW_TOKEN, OTHER_TOKEN, TOKEN, Hub, hub_serving, pointing_at
@@ -166,6 +166,41 @@ def test_each_refusal_says_what_to_do(
     assert "google/tiny" in raised.value.message
     assert "TokenOf" not in raised.value.message
     assert raised.value.retryable == (code == "hub_unavailable")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../escaped.json", "a/../../escaped.json", "/escaped.json", "./config.json", "a//b.json", ""),
+        *("..\\escaped.json", "a\nb.json", "a\0.json", "a" * 2000 + ".json"),
+    ],
+    ids=lambda name: repr(name[:20]),
+)
+def test_a_listing_of_names_that_lead_elsewhere_is_refused(nearby: Hub, name: str, tmp_path: Path) -> None:
+    """Before anything is fetched by them; the message shows the name escaped, and cut."""
+    nearby.listed = [{"rfilename": name, "size": 1}]
+    with pytest.raises(SourceError) as raised:
+        look_up("google/tiny", None, None)
+    assert raised.value.error_code == "base_listing_invalid"
+    assert repr(name[:200]) in raised.value.message
+    assert len(raised.value.message) < 400
+    assert not list(tmp_path.rglob("escaped.json"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [{"rfilename": "tokenizer.json", "size": 10**15}],
+        [{"rfilename": f"{number}.txt", "size": 1} for number in range(MAX_FILES)],
+    ],
+    ids=["size", "number"],
+)
+def test_a_listing_of_what_no_model_has_is_refused(nearby: Hub, more: list[dict[str, Any]]) -> None:
+    """A petabyte to be fetched whole; a hundred thousand files."""
+    nearby.listed = more
+    with pytest.raises(SourceError) as raised:
+        look_up("google/tiny", None, None)
+    assert raised.value.error_code == "base_listing_invalid"
 
 
 def test_looking_up_leaves_no_token_in_a_log_or_a_url(nearby: Hub, caplog: pytest.LogCaptureFixture) -> None:

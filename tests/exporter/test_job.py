@@ -126,6 +126,19 @@ def test_a_manifest_without_a_record_is_only_recorded(place: Place) -> None:
     assert {name: (place.root / "artifacts" / name).stat().st_mtime_ns for name in place.files()} == before
 
 
+def test_what_a_killed_attempt_left_beside_its_manifest_goes_when_that_is_recorded(place: Place) -> None:
+    """It had linked the manifest into place, and not yet removed the file's other name."""
+    place.queue()
+    assert place.run() is ExitCode.DONE
+    files = place.files()
+    published = path_of(place.record().artifacts[0].uri)
+    (published / ".export.json.0123456789ab.partial").hardlink_to(published / "export.json")
+    place.requeue()
+    assert place.run() is ExitCode.DONE
+    assert place.record().state is State.COMPLETED
+    assert place.files() == files
+
+
 def test_someone_elses_live_lease_is_respected(place: Place) -> None:
     place.queue()
     place.leased("other", 60)
@@ -293,6 +306,29 @@ def test_an_attempt_that_slept_past_its_lease_takes_nothing_from_its_successor(p
     merged = path_of(record.artifacts[0].uri)
     manifest = json.loads((merged / "export.json").read_text())
     assert all((merged / file["name"]).stat().st_size == file["bytes"] for file in manifest["files"])
+
+
+def test_an_attempt_that_wakes_after_its_successor_leaves_no_note_of_a_part(place: Place) -> None:
+    """It was asleep between a shard and the note that it is finished, which is its next write."""
+    place.queue()
+    store = Interfering(place.root / "artifacts")
+    successor = replace(place.stores)
+    files: list[str] = []
+
+    def sleep() -> None:
+        if not store.directory.endswith(".parts"):
+            return
+        store.interfere = lambda: None
+        update(place.records, EXPORT, expired)
+        assert run_job(Order(job_id="job-1", execution="successor"), successor, Stop()) is ExitCode.DONE
+        files.extend(place.files())
+        until(lambda: not any(thread.name == "heartbeat" for thread in threading.enumerate()), "the heartbeat")
+
+    store.interfere = sleep
+    place.stores = replace(place.stores, artifacts=store)
+    assert place.run() is ExitCode.DONE
+    assert place.record().execution == "successor"
+    assert place.files() == files
 
 
 def test_a_half_written_version_of_a_live_successor_is_left_alone(place: Place) -> None:
