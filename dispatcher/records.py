@@ -27,7 +27,8 @@ Stored = TypeVar("Stored")
 class RecordStore(Protocol):
     """The documents `training_jobs/{job_id}` and `exports/{export_id}`.
 
-    Every method raises Unavailable when the store does not answer; nothing was changed then.
+    Every method raises Unavailable when the store does not answer; a change may have been made all the same, and one
+    that the transport sent twice says that it was not made, as to whoever comes second.
     """
 
     def get_job(self, job_id: str) -> TrainingJob | None:

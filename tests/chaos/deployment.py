@@ -24,7 +24,7 @@ from exporter.lease import Term
 from tests.chaos.faults import Dice, FaultyQueue, FaultyRecords, FaultyRunner, FaultyTokens
 from tests.chaos.faulty_artifacts import FaultyArtifacts
 from tests.chaos.in_process import ThreadRunner
-from tests.chaos.watch import Watch, WatchedRecords
+from tests.chaos.watch import Watch
 from tests.exporter.exporting import QUICK, training_document
 
 JOB = "job-1"
@@ -42,6 +42,7 @@ class Deployment:
         lease_seconds: Of all leases.
         records: Instead of SQLite; closed with the deployment.
         artifacts: Instead of a directory.
+        base: The base's directory among the models; its name tells how many tasks make an export.
         adapter: Where the adapter lies instead.
         delays: Seconds before a message is delivered again, at first and at most.
 
@@ -58,6 +59,7 @@ class Deployment:
         lease_seconds: int,
         records: RecordStore | None = None,
         artifacts: ArtifactStore | None = None,
+        base: str = "base",
         adapter: str | None = None,
         delays: tuple[float, float] = (0.002, 0.02),
     ) -> None:
@@ -81,7 +83,6 @@ class Deployment:
             runner=runner,
             lease_seconds=lease_seconds,
             max_attempts=settings.max_attempts,
-            several_tasks=False,
         )
         service = Service(records=found, artifacts=stored, runner=runner, tokens=tokens, trigger=trigger)
         self.stack = bootstrap.Stack(
@@ -95,7 +96,7 @@ class Deployment:
             service=service,
         )
         self._max_attempts = settings.max_attempts
-        document = training_document(models / "base", adapter or models / "adapter")
+        document = training_document(models / base, adapter or models / "adapter")
         assert self.records.put_job(JOB, {**document, "kept": {"as": "it is"}})
 
     def close(self) -> None:
@@ -125,11 +126,9 @@ class Deployment:
         self.stack.trigger.deliver(body, attributes)
 
     def _records(self, caller: str) -> FaultyRecords:
-        return FaultyRecords(WatchedRecords(self.records, self.watch, caller), self.dice, caller)
+        return FaultyRecords(self.records, self.dice, caller, self.watch)
 
-    def _stores(self, execution: str, attempt: int) -> Stores:
-        caller = f"{execution}/{attempt}"
-
+    def _stores(self, caller: str) -> Stores:
         def writes(path: str) -> None:
             kind = "gguf.q8_0" if path.startswith("gguf_models/") else "merged"
             self.watch.writes(caller, f"{JOB}.{kind}", path)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from datetime import datetime
 from enum import Enum, auto
+from functools import partial
 from typing import Any, TypeVar
 
 from dispatcher.contract import ExportRecord, JobMessage, State, TrainingJob
@@ -15,6 +16,7 @@ from dispatcher.jobqueue import JobQueue
 from dispatcher.records import RecordStore
 from dispatcher.runner import Execution, JobRunner
 from dispatcher.tokens import TokenStore
+from tests.chaos.watch import Watch
 
 T = TypeVar("T")
 
@@ -110,12 +112,14 @@ class FaultyRecords:
         inner: The real one.
         dice: Decides when.
         caller: Whose it is.
+        watch: Sees what is stored.
     """
 
-    def __init__(self, inner: RecordStore, dice: Dice, caller: str) -> None:
+    def __init__(self, inner: RecordStore, dice: Dice, caller: str, watch: Watch) -> None:
         self._inner = inner
         self._dice = dice
         self._caller = caller
+        self._watch = watch
 
     def get_job(self, job_id: str) -> TrainingJob | None:
         return self._call("get_job", lambda: self._inner.get_job(job_id))
@@ -127,12 +131,20 @@ class FaultyRecords:
         return self._call("get_export", lambda: self._inner.get_export(export_id))
 
     def create_export(self, record: ExportRecord, *, job_result: Mapping[str, str] | None = None) -> bool:
-        return self._call("create_export", lambda: self._inner.create_export(record, job_result=job_result))
+        def act() -> bool:
+            create = partial(self._inner.create_export, record, job_result=job_result)
+            return self._watch.stored(None, record, self._caller, create)
+
+        return self._call("create_export", act)
 
     def replace_export(
         self, old: ExportRecord, new: ExportRecord, *, job_result: Mapping[str, str] | None = None
     ) -> bool:
-        return self._call("replace_export", lambda: self._inner.replace_export(old, new, job_result=job_result))
+        def act() -> bool:
+            replace = partial(self._inner.replace_export, old, new, job_result=job_result)
+            return self._watch.stored(old, new, self._caller, replace)
+
+        return self._call("replace_export", act)
 
     def list_exports(
         self,

@@ -3,7 +3,7 @@
 import itertools
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dispatcher.errors import ExportError
 from dispatcher.runner import Execution
@@ -19,6 +19,7 @@ class Ended:
     """How one attempt of a task ended."""
 
     execution: str
+    task: int
     attempt: int
     code: ExitCode
 
@@ -27,7 +28,7 @@ class ThreadRunner:
     """Runs `exporter.job.run_job` as `python -m exporter` does.
 
     Args:
-        stores: Of an attempt, by execution and number: what it works with.
+        stores: Given the name of one attempt of a task, what it works with.
 
     Attributes:
         asked: Executions that were asked for, by name: their environment.
@@ -35,7 +36,7 @@ class ThreadRunner:
         faults: What ended an attempt that is no error of ours.
     """
 
-    def __init__(self, stores: Callable[[str, int], Stores]) -> None:
+    def __init__(self, stores: Callable[[str], Stores]) -> None:
         self.asked: dict[str, dict[str, str]] = {}
         self.ended: list[Ended] = []
         self.faults: list[str] = []
@@ -46,14 +47,21 @@ class ThreadRunner:
         self._changed = threading.Condition()
 
     def start(self, job_id: str, environment: Mapping[str, str], *, tasks: int = 1) -> Execution:
-        if tasks != 1:
-            raise ValueError(f"{tasks} tasks: expected one, these are tiny models")
         with self._changed:
             name = f"execution-{next(self._numbers)}"
             self.asked[name] = dict(environment)
             self._stops[name] = Stop()
-            self._busy += 1
-        threading.Thread(target=self._attend, args=(name, job_id), name=name, daemon=True).start()
+            self._busy += tasks
+        for index in range(tasks):
+            order = Order(
+                job_id=job_id,
+                execution=name,
+                export_id=environment["EXPORT_ID"],
+                lease_id=environment["LEASE_ID"],
+                task_index=index,
+                task_count=tasks,
+            )
+            threading.Thread(target=self._attend, args=(order,), name=f"{name}/{index}", daemon=True).start()
         return Execution(name, f"file:///logs/{name}.log")
 
     def cancel(self, execution: str) -> None:
@@ -68,31 +76,25 @@ class ThreadRunner:
         with self._changed:
             return self._changed.wait_for(lambda: self._busy == 0, timeout)
 
-    def _attend(self, name: str, job_id: str) -> None:
+    def _attend(self, order: Order) -> None:
+        stop = self._stops[order.execution]
         try:
             for attempt in range(MAX_RETRIES + 1):
-                code = self._run(name, job_id, attempt)
-                self.ended.append(Ended(name, attempt, code))
-                if code is ExitCode.DONE or self._stops[name].is_set():
+                code = self._run(replace(order, task_attempt=attempt), stop)
+                self.ended.append(Ended(order.execution, order.task_index, attempt, code))
+                if code is ExitCode.DONE or stop.is_set():
                     break
         finally:
             with self._changed:
                 self._busy -= 1
                 self._changed.notify_all()
 
-    def _run(self, name: str, job_id: str, attempt: int) -> ExitCode:
-        given = self.asked[name]
-        order = Order(
-            job_id=job_id,
-            execution=name,
-            export_id=given["EXPORT_ID"],
-            lease_id=given["LEASE_ID"],
-            task_attempt=attempt,
-        )
+    def _run(self, order: Order, stop: Stop) -> ExitCode:
+        name = f"{order.execution}/{order.task_index}/{order.task_attempt}"
         try:
-            return run_job(order, self._stores(name, attempt), self._stops[name])
+            return run_job(order, self._stores(name), stop)
         except ExportError as error:
             return ExitCode.TRY_AGAIN if error.retryable else ExitCode.FAILED
         except Exception as error:  # noqa: BLE001  # an entry point: it is what this is about
-            self.faults.append(f"{name}, attempt {attempt}: {type(error).__name__}: {error}")
+            self.faults.append(f"{name}: {type(error).__name__}: {error}")
             return ExitCode.TRY_AGAIN

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
@@ -18,11 +18,12 @@ from rich.console import Console
 
 from tests.chaos.aftermath import Wanted, judge
 from tests.chaos.rows import Row, none_of
-from tests.chaos.storm import CALM, storm, weather
+from tests.chaos.storm import BASES, calm, storm, weather
 from tests.chaos.user import Seen
 from tests.gemmas import make_adapter, save_base
 
 SEEDS = 200
+SHARD_BYTES = 4 << 10
 FOUND = ("lost", "doubled", "inconsistent", "leftovers", "unexpected")
 """What of a seed is to be empty"""
 
@@ -56,7 +57,7 @@ def measure(
     """
     models = root / "models"
     make_models(models)
-    wanted = undisturbed(root / "undisturbed", models)
+    wanted = {base: undisturbed(root / f"undisturbed-{base}", models, base) for base in BASES}
     run = partial(one, root=root, models=models, wanted=wanted, keep=keep)
     outcome = Outcome([])
     workers = (os.cpu_count() or 1) if workers is None else workers
@@ -86,18 +87,20 @@ def rows(outcome: Outcome) -> list[Row]:
 
 
 def make_models(models: Path) -> None:
-    """A tiny Gemma, and an adapter for it."""
-    make_adapter("gemma3_text", save_base("gemma3_text", models / "base"), models / "adapter")
+    """A tiny Gemma, once in one file and once in several, and an adapter for it."""
+    model = save_base("gemma3_text", models / BASES[0])
+    save_base("gemma3_text", models / BASES[1], model=model, shard_bytes=SHARD_BYTES)
+    make_adapter("gemma3_text", model, models / "adapter")
 
 
-def undisturbed(root: Path, models: Path) -> Wanted:
+def undisturbed(root: Path, models: Path, base: str = BASES[0]) -> Wanted:
     """What there is where nothing fails.
 
     Raises:
         RuntimeError: Something is wrong all the same.
     """
     root.mkdir(parents=True)
-    seen, deployment = storm(0, root, models, CALM)
+    seen, deployment = storm(0, root, models, calm(base))
     wanted = Wanted.of(deployment)
     judge(seen, deployment, wanted, root / "none")
     if not seen.is_good:
@@ -105,14 +108,14 @@ def undisturbed(root: Path, models: Path) -> Wanted:
     return wanted
 
 
-def one(seed: int, *, root: Path, models: Path, wanted: Wanted, keep: bool = False) -> Seen:
+def one(seed: int, *, root: Path, models: Path, wanted: Mapping[str, Wanted], keep: bool = False) -> Seen:
     """Run a seed in this process, and judge what it left.
 
     Args:
         seed: Which.
         root: Where a directory is made for it, and removed unless it is to be kept.
-        models: Where `base` and `adapter` lie.
-        wanted: What there is to be in the end.
+        models: Where the bases and `adapter` lie.
+        wanted: What there is to be in the end, of each base.
         keep: Whether what it left stays.
     """
     torch.set_num_threads(1)  # these are tiny, and other seeds run beside
@@ -123,8 +126,9 @@ def one(seed: int, *, root: Path, models: Path, wanted: Wanted, keep: bool = Fal
     before, level, tempfile.tempdir = tempfile.tempdir, log.level, str(scratch)
     log.setLevel(logging.INFO if keep else logging.ERROR)
     try:
-        seen, deployment = storm(seed, place, models, weather(seed))
-        judge(seen, deployment, wanted, scratch)
+        expected = weather(seed)
+        seen, deployment = storm(seed, place, models, expected)
+        judge(seen, deployment, wanted[expected.base], scratch)
     finally:
         tempfile.tempdir = before
         log.setLevel(level)

@@ -14,6 +14,8 @@ from tests.chaos.deployment import ENDS_SECONDS, Deployment
 from tests.chaos.faults import Dice, Fate
 from tests.chaos.user import EXPORTS, Seen, User, client_of, exceptions_noted
 
+BASES = ("base", "base-12b")
+"""The second is called what takes two tasks"""
 STORMY_ROUNDS = 25
 """After that nothing fails any more"""
 CALM_ROUNDS = 25
@@ -33,15 +35,19 @@ class Weather:
     lease_seconds: int
     lapses: float
     """How often, from 0 to 1, time passes while somebody is at work"""
+    base: str
+    """One of `BASES`"""
 
 
-CALM = Weather(0.0, 30, 0.0)
+def calm(base: str = BASES[0]) -> Weather:
+    """The weather in which nothing fails."""
+    return Weather(0.0, 30, 0.0, base)
 
 
 def weather(seed: int) -> Weather:
     """The weather of a seed: from 1 in 200 calls that fails to 1 in 7."""
     dice = random.Random(seed)
-    return Weather(0.005 * 30 ** dice.random(), dice.choice((2, 30)), dice.choice((0.0, 0.0, 0.3)))
+    return Weather(0.005 * 30 ** dice.random(), dice.choice((2, 30)), dice.choice((0.0, 0.0, 0.3)), dice.choice(BASES))
 
 
 def storm(seed: int, root: Path, models: Path, weather: Weather) -> tuple[Seen, Deployment]:
@@ -50,13 +56,13 @@ def storm(seed: int, root: Path, models: Path, weather: Weather) -> tuple[Seen, 
     Args:
         seed: Decides what fails, and when time passes.
         root: A directory with no stores in it.
-        models: Where `base` and `adapter` lie.
+        models: Where the bases and `adapter` lie.
         weather: How bad it gets.
     """
     seen = Seen(seed, weather.rate)
     began = time.monotonic()
     dice = Dice(seed, weather.rate)
-    deployment = Deployment(root, models, dice, lease_seconds=weather.lease_seconds)
+    deployment = Deployment(root, models, dice, lease_seconds=weather.lease_seconds, base=weather.base)
     bootstrap.install(deployment.stack)
     try:
         with exceptions_noted(seen), client_of() as client:

@@ -15,7 +15,7 @@ from tests.chaos import ports
 from tests.chaos.aftermath import Wanted, judge
 from tests.chaos.deployment import JOB, Deployment
 from tests.chaos.faults import Dice, Fate
-from tests.chaos.storm import CALM, storm
+from tests.chaos.storm import calm, storm
 from tests.chaos.user import Seen
 from tests.chaos.watch import Watch
 from tests.exporter.exporting import merged_record
@@ -47,7 +47,7 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> tuple[Deployment, Wanted]:
     root = tmp_path_factory.mktemp("left")
     ports.make_models(root / "models")
     (root / "stack").mkdir()
-    _, deployment = storm(0, root / "stack", root / "models", CALM)
+    _, deployment = storm(0, root / "stack", root / "models", calm())
     return deployment, Wanted.of(deployment)
 
 
