@@ -106,7 +106,7 @@ class Bucket:
             models,
             Dice(0, 0),
             lease_seconds=30,
-            artifacts=GcsArtifacts(self._name, retry=QUICK, chunk_bytes=CHUNK_BYTES),
+            artifacts=GcsArtifacts(self._name, retry=QUICK.with_timeout(1), chunk_bytes=CHUNK_BYTES),
             adapter=f"gs://{self._name}/adapter",
         )
 
