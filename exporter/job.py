@@ -265,7 +265,9 @@ def _give_up(claimed: Claim, error: ExportError, order: Order, stores: Stores) -
             log.error("the verdict could not be recorded, the lease will run out: %s", lost.message)
             return ExitCode.TRY_AGAIN
         log.warning("not recorded: %s", lost.message)
-        return ExitCode.DONE
+        left = _found(record.export_id, stores)
+        # Where it waits, it was us who gave it back, and were told nothing of that.
+        return ExitCode.TRY_AGAIN if again and left and left.state is State.QUEUED else ExitCode.DONE
     if again:
         return ExitCode.TRY_AGAIN
     if not error.retryable:
@@ -275,14 +277,18 @@ def _give_up(claimed: Claim, error: ExportError, order: Order, stores: Stores) -
 
 def _ending(export_id: str, stores: Stores) -> State | None:
     """`completed` or `failed` where the export has come to an end for good; None else, and where nobody can tell."""
-    try:
-        record = stores.records.get_export(export_id)
-    except ExportError:
-        return None
+    record = _found(export_id, stores)
     if record is None:
         return None
     failed_for_good = record.error is not None and not record.error.retryable
     return record.state if record.state is State.COMPLETED or failed_for_good else None
+
+
+def _found(export_id: str, stores: Stores) -> ExportRecord | None:
+    try:
+        return stores.records.get_export(export_id)
+    except ExportError:
+        return None
 
 
 def _drop_token(token_ref: str | None, stores: Stores) -> None:

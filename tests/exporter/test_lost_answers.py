@@ -49,3 +49,13 @@ def test_an_ending_whose_answer_was_lost_is_still_its_own(place: Place, to: Stat
     with pytest.raises(TokenExpired):
         place.tokens.get(ref)
     assert found is code
+
+
+def test_an_export_that_was_given_back_is_tried_again_though_nobody_said_so(place: Place) -> None:
+    """Else it would wait for the next sweep."""
+    place.rewrite_job(base_model_id="google/nowhere")
+    place.queue()
+    place.stores = replace(place.stores, records=Unheard(place.root / "records.db", State.QUEUED, again=True))
+    assert place.run() is ExitCode.TRY_AGAIN
+    place.stores.records.close()
+    assert place.record().state is State.QUEUED
