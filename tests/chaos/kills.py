@@ -181,7 +181,8 @@ class _Killing:
         exporter = laptop.start(job_id, execution=job_id, attempt=attempt)
         exporter.wait(dice.uniform(0, self.seconds))
         exporter.kill()
-        return f"at any time: {_stage(laptop, job_id)}" if exporter.wait() == -signal.SIGKILL else None
+        stage = _stage(laptop, job_id)
+        return f"at any time: {stage}" if stage and exporter.wait() == -signal.SIGKILL else None
 
     def _kill_from_cold(self, laptop: Laptop, job_id: str, attempt: int, dice: random.Random) -> str | None:
         process = laptop.start_python(job_id, execution=job_id, attempt=attempt)
@@ -189,7 +190,8 @@ class _Killing:
             process.wait(dice.uniform(0, self.cold_seconds))
         except subprocess.TimeoutExpired:
             process.kill()
-        return f"from cold: {_stage(laptop, job_id)}" if process.wait() == -signal.SIGKILL else None
+        stage = _stage(laptop, job_id)
+        return f"from cold: {stage}" if process.wait() == -signal.SIGKILL and stage else None
 
     def _tally(self, laptop: Laptop, job_id: str) -> None:
         """Count what there is, and what there should not be."""
@@ -213,9 +215,9 @@ def _timed(laptop: Laptop, job_id: str, run: Callable[[], object]) -> float:
     return seconds
 
 
-def _stage(laptop: Laptop, job_id: str) -> str:
-    """What the records say that the work is at."""
+def _stage(laptop: Laptop, job_id: str) -> str | None:
+    """What the records say that the work is at; None where it is all done, so that a kill meets nothing."""
     records = laptop.exports(job_id)
     running = [f"{record.export_type}, {record.stage}" for record in records if record.state is State.RUNNING]
     done = sum(record.state is State.COMPLETED for record in records)
-    return " and ".join(running) or ("nothing claimed", "between the two", "both recorded")[done]
+    return " and ".join(running) or ("nothing claimed", "between the two", None)[done]
