@@ -10,6 +10,7 @@ from typing import Any
 
 from dispatcher.contract import (
     DEFAULT_QUANTIZATION,
+    UNFINISHED,
     Artifact,
     ExportRecord,
     ExportRequest,
@@ -134,7 +135,7 @@ def _effects(record: ExportRecord, to: State, by: Actor) -> dict[str, Any]:
     if to is S:
         return {"execution": None, "log_uri": None, "launches": record.launches + 1, "publications": 0}
     if to is DONE:
-        return {"stage": None, "progress": 1.0, "error": None, "token_ref": None}
+        return {"stage": None, "progress": 1.0, "error": None}
     return {"stage": None}
 
 
@@ -194,9 +195,14 @@ def completed(
 def failed(
     record: ExportRecord, *, by: Actor, error: Failure, now: datetime, holding: str | None = None
 ) -> ExportRecord:
-    """The verdict; a token that no retry can use any more is dropped from the record."""
-    kept = record.token_ref if error.retryable else None
-    return transition(record, FAILED, by=by, holding=holding, now=now, error=error, token_ref=kept)
+    """The verdict. The record still says where the token is: whoever deletes it, then takes that out."""
+    return transition(record, FAILED, by=by, holding=holding, now=now, error=error)
+
+
+def needs_token(record: ExportRecord) -> bool:
+    """Whether an export, or a retry of it, may still ask for the token that its record refers to."""
+    retried = record.state is FAILED and record.error is not None and record.error.retryable
+    return retried or record.state in UNFINISHED
 
 
 def reclaimed(

@@ -238,7 +238,7 @@ class Service:
                     now=now,
                     adapter_fingerprint=fingerprint,
                     user_id=user,
-                    token_ref=ref or old.token_ref,
+                    token_ref=ref or (old.token_ref if lifecycle.needs_token(old) else None),
                     **anew,
                 )
                 won = self._records.replace_export(old, new)

@@ -144,6 +144,7 @@ class Work:
             if made.logits is not None:
                 run["logits"] = made.logits
             publish_manifest(self.store, directory, manifest, run)
+            self.hold.cleared_by(partial(attempt.withdraw, self.hold, is_published=True))
         except BaseException as error:
             _take_back(attempt, self.hold, goes_on=_goes_on(error) and not self.hold.is_cancelled())
             if tasks.count > 1 and isinstance(error, ArtifactConflict | VerificationFailed):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from dispatcher.artifacts import ArtifactStore, ArtifactWriter, StoredFile, publish
 from dispatcher.errors import LeaseLost, NotFound, StorageFull, Unavailable
-from dispatcher.published import PARTS_SUFFIX, SPOILT_PREFIX, spoilt_marks
+from dispatcher.published import COLLECTED_PREFIX, MANIFEST_NAME, PARTS_SUFFIX, SPOILT_PREFIX, spoilt_marks
 from exporter.lease import Hold
 
 
@@ -28,7 +28,7 @@ class Attempt:
         self.directory = directory
         self.parts_directory = f"{directory}{PARTS_SUFFIX}"
         """Beside it: what other attempts can go on from, until the version is published"""
-        self._mark = f"{self.parts_directory}/{SPOILT_PREFIX}{secrets.token_hex(8)}"
+        self._name = secrets.token_hex(8)
         self._lock = threading.Lock()
         self._is_withdrawn = False
 
@@ -95,9 +95,9 @@ class Attempt:
         Raises:
             ExportError: It cannot be written.
         """
-        publish(self.store, self._mark, lambda writer: writer.write(b"spoilt\n"))
+        self._mark(SPOILT_PREFIX)
 
-    def withdraw(self, hold: Hold) -> None:
+    def withdraw(self, hold: Hold, *, is_published: bool = False) -> None:
         """Remove all that lies there, whoever wrote it, unless somebody else can be counting on it.
 
         This process may be stopped for an hour between any two steps, while another attempt goes on from what is there.
@@ -106,6 +106,10 @@ class Attempt:
 
         The work may call this, and whoever ends the process when the work does not.
 
+        Args:
+            hold: What we work under.
+            is_published: Whether the manifest is there, and not recorded: the export was cancelled between the two.
+
         Raises:
             ExportError: A file cannot be removed; the mark stays.
         """
@@ -113,13 +117,16 @@ class Attempt:
             self._is_withdrawn = True
             if not hold.is_ours():
                 return
+            prefix = COLLECTED_PREFIX if is_published else SPOILT_PREFIX
             # Where there is no room for the mark, there is none to go on with either.
             with contextlib.suppress(StorageFull):
-                self.spoil()
+                self._mark(prefix)
             if hold.is_ours():
+                # The manifest first: without it, the rest is no artifact.
+                self.store.delete_prefix(f"{self.directory}/{MANIFEST_NAME}")
                 self.store.delete_prefix(self.directory)
                 self.drop_parts()
-            self.store.delete_prefix(self._mark)
+            self.store.delete_prefix(f"{self.parts_directory}/{prefix}{self._name}")
 
     def drop_parts(self) -> None:
         """Remove what others could go on from, but no mark: whoever made one removes it.
@@ -132,6 +139,9 @@ class Attempt:
         unmarked = [f"{self.parts_directory}/{name}" for name in names if not name.startswith(SPOILT_PREFIX)]
         for path in unmarked if kept else [self.parts_directory]:
             self.store.delete_prefix(path)
+
+    def _mark(self, prefix: str) -> None:
+        publish(self.store, f"{self.parts_directory}/{prefix}{self._name}", lambda writer: writer.write(b"spoilt\n"))
 
     def _refuse_withdrawn(self) -> None:
         if self._is_withdrawn:

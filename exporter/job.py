@@ -15,6 +15,7 @@ from dispatcher.logs import bound, clean
 from dispatcher.records import RecordStore, update
 from dispatcher.tokens import TokenStore
 from exporter.artifact import Result
+from exporter.ending import drop_token, ending, found_now, tidy
 from exporter.gguf_export import export_gguf
 from exporter.lease import SHUTTING_DOWN, Claim, Heartbeat, Interrupted, Term, claim, leave, utc_now
 from exporter.making import Checks
@@ -143,11 +144,13 @@ def _run_export(
 ) -> ExitCode:
     if record.state is State.FAILED and record.execution == order.execution:
         log.error("this execution has failed before: %s", record.error.message if record.error else "")
+        tidy(record.export_id, order.execution, stores.records, stores.tokens)
         return ExitCode.FAILED
     try:
         claimed = _claimed(order, record.export_id, stores)
     except IllegalTransition as error:
         log.info("nothing to do: %s", error.message)
+        tidy(record.export_id, order.execution, stores.records, stores.tokens)
         return ExitCode.DONE
     log.info("claimed %s, attempt %d", record.export_id, claimed.record.attempt)
     release = partial(_give_up, claimed, Interrupted(SHUTTING_DOWN), order, stores)
@@ -158,7 +161,11 @@ def _run_export(
             leave(stores.records, claimed)
             log.info("part %d of %d is done, others are still at theirs", order.task_index + 1, order.task_count)
             return ExitCode.DONE
-        _commit(claimed, result, stores)
+        try:
+            _commit(claimed, result, stores)
+        except LeaseLost:
+            heartbeat.clear()
+            raise
     except LeaseLost as error:
         log.warning("stopped: %s", error.message)
         return ExitCode.DONE
@@ -217,10 +224,10 @@ def _commit(claimed: Claim, result: Result, stores: Stores) -> None:
     try:
         update(stores.records, claimed.record.export_id, change, job_result=paths)
     except IllegalTransition as error:
-        if _ending(claimed.record.export_id, stores) is not State.COMPLETED:
+        if ending(claimed.record.export_id, stores.records) is not State.COMPLETED:
             raise LeaseLost(f"finished, but {error.message}") from error
         # By ourselves, and only the answer was lost; or by whoever took it over, with the same artifact.
-    _drop_token(token_ref, stores)
+    drop_token(claimed.record.export_id, token_ref, stores.records, stores.tokens)
 
 
 def _give_up(claimed: Claim, error: ExportError, order: Order, stores: Stores) -> ExitCode:
@@ -257,45 +264,19 @@ def _give_up(claimed: Claim, error: ExportError, order: Order, stores: Stores) -
     except (IllegalTransition, Unavailable) as lost:
         # Our own ending, where only the answer was lost; or whoever took it over came to one.
         unknown = again and isinstance(lost, Unavailable)
-        ending = None if unknown else _ending(record.export_id, stores)
-        if ending is not None:
-            _drop_token(token_ref, stores)
-            return ExitCode.FAILED if ending is State.FAILED else ExitCode.DONE
+        ended = None if unknown else ending(record.export_id, stores.records)
+        if ended is not None:
+            drop_token(record.export_id, token_ref, stores.records, stores.tokens)
+            return ExitCode.FAILED if ended is State.FAILED else ExitCode.DONE
         if isinstance(lost, Unavailable):
             log.error("the verdict could not be recorded, the lease will run out: %s", lost.message)
             return ExitCode.TRY_AGAIN
         log.warning("not recorded: %s", lost.message)
-        left = _found(record.export_id, stores)
+        left = found_now(record.export_id, stores.records)
         # Where it waits, it was us who gave it back, and were told nothing of that.
         return ExitCode.TRY_AGAIN if again and left and left.state is State.QUEUED else ExitCode.DONE
     if again:
         return ExitCode.TRY_AGAIN
     if not error.retryable:
-        _drop_token(token_ref, stores)
+        drop_token(record.export_id, token_ref, stores.records, stores.tokens)
     return ExitCode.FAILED
-
-
-def _ending(export_id: str, stores: Stores) -> State | None:
-    """`completed` or `failed` where the export has come to an end for good; None else, and where nobody can tell."""
-    record = _found(export_id, stores)
-    if record is None:
-        return None
-    failed_for_good = record.error is not None and not record.error.retryable
-    return record.state if record.state is State.COMPLETED or failed_for_good else None
-
-
-def _found(export_id: str, stores: Stores) -> ExportRecord | None:
-    try:
-        return stores.records.get_export(export_id)
-    except ExportError:
-        return None
-
-
-def _drop_token(token_ref: str | None, stores: Stores) -> None:
-    if token_ref is None:
-        return
-    try:
-        stores.tokens.delete(token_ref)
-    except ExportError as error:
-        # The verdict is recorded, and that is what counts.
-        log.warning("the token is left to its time to live: %s", error.message)

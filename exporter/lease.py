@@ -221,6 +221,14 @@ class Heartbeat:
         """Say what removes all that was written, should the export be cancelled while the work hangs."""
         self._clear = clear
 
+    def clear(self) -> None:
+        """Remove what was written, if the export was cancelled before it could be recorded."""
+        try:
+            if self._clear is not None and self.is_cancelled():
+                self._clear()
+        except ExportError as error:
+            log.warning("what was written of %s stays: %s", self._claim.record.export_id, error.message)
+
     def give_back(self) -> None:
         """Remove what was written of a cancelled export; of any other, write down that it is not worked on any more.
 

@@ -21,6 +21,8 @@ WORK_SECONDS = 2.5
 """How long work has to stop by itself"""
 LAST_SECONDS = 4.5
 """When the process ends after a signal, whatever was given back by then"""
+LEAVE_SECONDS = 1.0
+"""How long work has to notice that what it did was cleared"""
 TRY_AGAIN = 75
 """EX_TEMPFAIL of sysexits.h"""
 
@@ -145,7 +147,7 @@ class Stop:
 
     def _gone(self, holders: list[Holder]) -> bool:
         """Whether work comes to its end after all, before the last moment."""
-        last = time.monotonic() + LAST_SECONDS - WORK_SECONDS
+        last = time.monotonic() + (LAST_SECONDS - WORK_SECONDS if self.is_set() else LEAVE_SECONDS)
         with self._changed:
             while any(holder in self._holders for holder in holders) or not holders:
                 left = last - time.monotonic()

@@ -27,7 +27,6 @@ FROM_COLD = 8
 TWICE = 0.2
 """In how many of the exports the attempt after the killed one is killed too"""
 SEED = 7
-TOKENS = "left over: tokens, until their time to live ends"
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def rows(outcome: Outcome) -> list[Row]:
         none_of("artifacts and records that differ", outcome.different),
         none_of("records stuck", outcome.stuck),
         none_of("left over: temporary files and parts", outcome.leftovers),
-        none_of(TOKENS, outcome.tokens),
+        none_of("left over: tokens", outcome.tokens),
         none_of("left over: processes", outcome.orphans),
     ]
 

@@ -16,7 +16,7 @@ from dispatcher.errors import Conflict
 from tests.bench.inputs import Size, prepare, shards_of
 from tests.chaos.forked import Exporter
 from tests.chaos.kills import AIMS
-from tests.chaos.laptop import LIMIT_SECONDS, MANIFEST, MODEL, SMALL_MODEL, Artifact, Laptop, undisturbed
+from tests.chaos.laptop import LIMIT_SECONDS, MODEL, SMALL_MODEL, Artifact, Laptop, undisturbed
 from tests.chaos.rows import Row, at_most, none_of
 from tests.chaos.silent import CASES, SilentCase, stopped_in_silence
 from tests.chaos.steps import Then
@@ -45,8 +45,6 @@ class Outcome:
     """Exports that had been finished when they were to be cancelled: 409"""
     of_cancelled: list[str] = field(default_factory=list)
     """What is left of cancelled exports"""
-    published: int = 0
-    """Those that were cancelled between manifest and commit: a whole version that no record names"""
 
 
 def measure(
@@ -93,7 +91,6 @@ def measure(
 
 def rows(outcome: Outcome) -> list[Row]:
     kept = "cancelled when it was finished: answers 409 and keeps its artifact"
-    whole = "cancelled between manifest and commit: a whole version, named by no record"
     return [
         at_most(
             f"SIGTERM at {len(outcome.stop_seconds)} moments of the work: gone after", outcome.stop_seconds, SECONDS
@@ -104,7 +101,6 @@ def rows(outcome: Outcome) -> list[Row]:
         none_of("records not given back at once", outcome.held),
         none_of("not completed by the next attempt", outcome.unfinished),
         none_of("left of cancelled exports", outcome.of_cancelled),
-        Row(whole, str(outcome.published), "left to the sweep", True),
         Row(kept, str(outcome.kept), "", True),
     ]
 
@@ -177,7 +173,6 @@ class _Stopping:
         seconds = time.monotonic() - began
         exporter.kill()
         record, left = laptop.record(export_id), laptop.artifact(job_id, kind)
-        is_published = any(name.endswith(f"/{MANIFEST}") for name in left)
         with self._lock:
             if not was_unfinished:
                 self.outcome.kept += 1
@@ -186,8 +181,7 @@ class _Stopping:
                 self.outcome.cancel_seconds.append(seconds)
                 if record.state is not State.CANCELLED or status != 0:
                     self.outcome.of_cancelled.append(f"{export_id} is {record.state}, exit {status}")
-                self.outcome.published += is_published
-                self.outcome.of_cancelled += [f"{export_id}: {name}" for name in left if not is_published]
+                self.outcome.of_cancelled += [f"{export_id}: {name}" for name in left]
             self.outcome.of_cancelled += [*laptop.leftovers(), *laptop.tokens_left()]
         laptop.clear()
         return was_unfinished

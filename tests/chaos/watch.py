@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from dispatcher.contract import UNFINISHED, ExportRecord, State
+from dispatcher.contract import ExportRecord, State
 
 LEASED = frozenset({State.STARTING, State.RUNNING})
 
@@ -18,9 +18,7 @@ def faults_of(record: ExportRecord) -> list[str]:
         "an error": (record.error is not None) is not (state is State.FAILED),
         "a stage": record.stage is not None and state not in LEASED,
         "progress": state is State.COMPLETED and record.progress != 1.0,
-        "a token": record.token_ref is not None
-        and state not in UNFINISHED
-        and not (state is State.FAILED and record.error is not None and record.error.retryable),
+        "a token": record.token_ref is not None and state is State.CANCELLED,
     }
     return [f"{record.export_id} is {state} with or without {what}" for what, is_wrong in wrong.items() if is_wrong]
 

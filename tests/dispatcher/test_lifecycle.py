@@ -14,6 +14,7 @@ from dispatcher.lifecycle import (
     completed,
     delivered,
     failed,
+    needs_token,
     noted,
     reclaimed,
     renewed,
@@ -121,11 +122,12 @@ def test_who_lost_the_lease_writes_nothing_more() -> None:
 
 @pytest.mark.parametrize("retryable", [True, False])
 def test_a_token_is_kept_while_a_retry_can_use_it(retryable: bool) -> None:
-    """A failure for good drops it from the record."""
+    """After a failure for good the record only says where whoever deletes it finds it."""
     error = Failure(code="c", message="m", retryable=retryable)
     running = record(State.RUNNING, token_ref="ref")
     ended = failed(running, by=Actor.EXPORTER, error=error, now=START, holding="mine")
-    assert (ended.token_ref == "ref") is retryable
+    assert ended.token_ref == "ref"
+    assert needs_token(ended) is retryable
 
 
 def test_stage_and_progress_never_go_back_under_one_lease() -> None:

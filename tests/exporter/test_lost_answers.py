@@ -59,3 +59,23 @@ def test_an_export_that_was_given_back_is_tried_again_though_nobody_said_so(plac
     assert place.run() is ExitCode.TRY_AGAIN
     place.stores.records.close()
     assert place.record().state is State.QUEUED
+
+
+def test_a_killed_attempts_token_is_dropped_by_the_next(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record was completed, and it died before it could do that."""
+
+    def die(ref: str) -> None:
+        raise SystemExit
+
+    ref = place.tokens.put(EXPORT, "hf_secret123456")
+    place.queue(token_ref=ref)
+    with monkeypatch.context() as killed:
+        killed.setattr(place.tokens, "delete", die)
+        with pytest.raises(SystemExit):
+            place.run(execution="e")
+    assert place.record().state is State.COMPLETED
+    assert place.record().token_ref == ref
+    assert place.run(execution="e", export_id=EXPORT) is ExitCode.DONE
+    assert place.record().token_ref is None
+    with pytest.raises(TokenExpired):
+        place.tokens.get(ref)
