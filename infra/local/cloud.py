@@ -94,6 +94,7 @@ def local_cloud(
             "PROJECT_ID": PROJECT,
             "GCS_EXPORT_BUCKET_NAME": BUCKET,
             "TOKENS_URL": tokens_url,
+            "CLOCK_SKEW_SECONDS": "0",  # this machine has one clock
             **(settings or {}),
         }
         run = LocalCloudRun(PROJECT, REGION, JOB, log_dir=logs, environment=deployed, program=program)
