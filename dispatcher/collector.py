@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 CANCELLED_GRACE = timedelta(hours=1)
 """After a cancellation nobody waits for anything; its exporter, which removes most by itself, has long seen it."""
-MAX_RECORDS = 100
+MAX_RECORDS = 1000
 """Of cancelled exports, and of the others, that one run looks at."""
 PATIENCE_SECONDS = 60.0
 """After which a run begins with no further export; the next one goes on from there."""

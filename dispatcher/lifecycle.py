@@ -268,8 +268,9 @@ def withdrawn(record: ExportRecord, *, before: ExportRecord | None, now: datetim
         error = Failure(code="too_many_exports", message=message, retryable=True)
         return transition(record, CANCELLED, by=Actor.CALLER, now=now, error=error, token_ref=None)
     fields = {name: getattr(before, name) for name in ExportRecord.model_fields}
-    retried = before.state is FAILED and before.error is not None and before.error.retryable
-    return changed(record, now, **{**fields, "token_ref": record.token_ref if retried else before.token_ref})
+    # It may have kept another export's leftovers from being collected, which then counted on this one.
+    fields["uncollected_since"] = before.uncollected_since or now
+    return changed(record, now, **{**fields, "token_ref": (record if needs_token(before) else before).token_ref})
 
 
 def noted(record: ExportRecord, now: datetime, **changes: Any) -> ExportRecord:

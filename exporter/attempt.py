@@ -1,6 +1,5 @@
 """What one attempt publishes of a version, and what is removed when it fails for good."""
 
-import contextlib
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -118,8 +117,10 @@ class Attempt:
             if not hold.is_ours():
                 return
             prefix = COLLECTED_PREFIX if is_published else SPOILT_PREFIX
-            # Where there is no room for the mark, there is none to go on with either.
-            with contextlib.suppress(StorageFull):
+            try:
+                self._mark(prefix)
+            except StorageFull:  # what was half written may be in its way; and without a mark nothing is removed
+                self.store.remove_unpublished(self.directory)
                 self._mark(prefix)
             if hold.is_ours():
                 # The manifest first: without it, the rest is no artifact.
@@ -134,11 +135,10 @@ class Attempt:
         Raises:
             ExportError: Something cannot be removed.
         """
-        names = self.store.children(self.parts_directory)
-        kept = any(name.startswith(SPOILT_PREFIX) for name in names)
-        unmarked = [f"{self.parts_directory}/{name}" for name in names if not name.startswith(SPOILT_PREFIX)]
-        for path in unmarked if kept else [self.parts_directory]:
-            self.store.delete_prefix(path)
+        # By name: a mark may be made between the look and the removal.
+        for name in self.store.children(self.parts_directory):
+            if not name.startswith(SPOILT_PREFIX):
+                self.store.delete_prefix(f"{self.parts_directory}/{name}")
 
     def _mark(self, prefix: str) -> None:
         publish(self.store, f"{self.parts_directory}/{prefix}{self._name}", lambda writer: writer.write(b"spoilt\n"))

@@ -3,13 +3,25 @@
 import logging
 
 from dispatcher.contract import ExportRecord, State
-from dispatcher.errors import ExportError
+from dispatcher.errors import ExportError, SourceError
 from dispatcher.lifecycle import needs_token, noted
 from dispatcher.records import RecordStore, update
 from dispatcher.tokens import TokenStore
 from exporter.lease import utc_now
 
 log = logging.getLogger(__name__)
+
+
+def fault_of(error: BaseException) -> ExportError | None:
+    """What a fault is in the record; None for what is no fault, but the end of the process."""
+    if isinstance(error, Exception):
+        return ExportError(f"an unexpected fault: {type(error).__name__}: {error}")
+    if type(error).__module__ == "pyo3_runtime":  # no Exception: a panic in a library that is written in Rust
+        return SourceError(
+            f"a library gives up on a file of base or adapter, probably its tokenizer: {error}. Save it again.",
+            code="file_unreadable",
+        )
+    return None
 
 
 def found_now(export_id: str, records: RecordStore) -> ExportRecord | None:

@@ -15,7 +15,7 @@ from dispatcher.logs import bound, clean
 from dispatcher.records import RecordStore, update
 from dispatcher.tokens import TokenStore
 from exporter.artifact import Result
-from exporter.ending import drop_token, ending, found_now, tidy
+from exporter.ending import drop_token, ending, fault_of, found_now, tidy
 from exporter.gguf_export import export_gguf
 from exporter.lease import SHUTTING_DOWN, Claim, Heartbeat, Interrupted, Term, claim, leave, utc_now
 from exporter.making import Checks
@@ -26,6 +26,8 @@ from exporter.stopping import TRY_AGAIN, Stop
 
 log = logging.getLogger(__name__)
 MAX_ERROR_CHARACTERS = 2000
+MAX_INTERRUPTED = 20
+"""Attempts of an export that may be interrupted by the platform: it may never find the time that it takes"""
 DOCUMENT_FIELD = {ExportType.MERGED: "artifacts.raw.merged", ExportType.GGUF: "artifacts.file.gguf"}
 """Where the training job's document has a result besides `RESULT_FIELD`"""
 
@@ -171,10 +173,12 @@ def _run_export(
         return ExitCode.DONE
     except ExportError as error:
         return _give_up(claimed, error, order, stores)
-    except Exception as error:
+    except BaseException as error:
         # The one broad catch: a fault of ours must end in the record, not only in a log.
+        fault = fault_of(error)
+        if fault is None:
+            raise
         log.exception("unexpected fault")
-        fault = ExportError(f"an unexpected fault: {type(error).__name__}: {error}")
         return _give_up(claimed, fault, order, stores)
     log.info("completed %s: %s", record.export_id, result.artifact.uri)
     return ExitCode.DONE
@@ -237,11 +241,12 @@ def _give_up(claimed: Claim, error: ExportError, order: Order, stores: Stores) -
     """
     record = claimed.record
     attempt = order.task_attempt + 1 if order.task_count > 1 else record.attempt
-    again = error.retryable and (attempt < stores.max_attempts or isinstance(error, Interrupted))
-    log.error("%s: %s (%s)", record.export_id, error.message, error.error_code)
+    most = MAX_INTERRUPTED if isinstance(error, Interrupted) else stores.max_attempts
+    again = error.retryable and attempt < most
     if again and order.task_count > 1:
         if attempt < stores.max_attempts:
             leave(stores.records, claimed)
+        log.error("%s: %s (%s)", record.export_id, error.message, error.error_code)
         return ExitCode.TRY_AGAIN
 
     token_ref = record.token_ref
@@ -260,7 +265,11 @@ def _give_up(claimed: Claim, error: ExportError, order: Order, stores: Stores) -
         return failed(found, by=Actor.EXPORTER, error=failure, now=now, holding=claimed.lease_id)
 
     try:
-        update(stores.records, record.export_id, change)
+        try:
+            update(stores.records, record.export_id, change)
+        finally:
+            # After it, since a log that nobody reads holds up whoever writes to it, and may hold up the end.
+            log.error("%s: %s (%s)", record.export_id, error.message, error.error_code)
     except (IllegalTransition, Unavailable) as lost:
         # Our own ending, where only the answer was lost; or whoever took it over came to one.
         unknown = again and isinstance(lost, Unavailable)

@@ -188,6 +188,8 @@ class Heartbeat:
     def check(self) -> None:
         """Raise what `report` would, where there is nothing to say."""
         if self._error is not None:
+            if self._is_cancelled:
+                self._stop.noticed(self)
             raise self._error
         if self._stop.is_set():
             raise Interrupted(SHUTTING_DOWN)

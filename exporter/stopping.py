@@ -21,10 +21,14 @@ WORK_SECONDS = 2.5
 """How long work has to stop by itself"""
 LAST_SECONDS = 4.5
 """When the process ends after a signal, whatever was given back by then"""
+LOG_SECONDS = 0.2
 LEAVE_SECONDS = 1.0
 """How long work has to notice that what it did was cleared"""
 TRY_AGAIN = 75
 """EX_TEMPFAIL of sysexits.h"""
+
+
+_ENDS = "the work did not stop by itself in time: the process ends, and the next attempt goes on"
 
 
 class Holder(Protocol):
@@ -48,6 +52,7 @@ class Stop:
         self._asked_at: float | None = None
         self._holders: dict[Holder, float | None] = {}
         """And since when each is cancelled"""
+        self._noticed: set[Holder] = set()
 
     def set(self) -> None:
         """Ask for the end: a signal came."""
@@ -69,6 +74,7 @@ class Stop:
         finally:
             with self._changed:
                 del self._holders[holder]
+                self._noticed.discard(holder)
                 self._changed.notify_all()
 
     def cancelled(self, holder: Holder) -> None:
@@ -77,6 +83,10 @@ class Stop:
             if holder in self._holders:
                 self._holders[holder] = time.monotonic()
                 self._changed.notify_all()
+
+    def noticed(self, holder: Holder) -> None:
+        """The work of a cancelled holder knows it, and ends as soon as those let it that it works with."""
+        self._noticed.add(holder)
 
     def on_signals(self) -> None:
         """Stop at SIGTERM and at a first Ctrl-C; a second Ctrl-C ends at once. To be called in the main thread.
@@ -109,7 +119,10 @@ class Stop:
         def enforced() -> None:
             while not self._ended():
                 pass
-            log.warning("the work did not stop by itself in time: the process ends, and the next attempt goes on")
+            # In a thread: a log that nobody reads must not hold up the end.
+            said = threading.Thread(target=log.warning, args=(_ENDS,), daemon=True)
+            said.start()
+            said.join(LOG_SECONDS)
             leave(TRY_AGAIN)
 
         threading.Thread(target=enforced, name="last resort", daemon=True).start()
@@ -121,14 +134,24 @@ class Stop:
                 self._changed.wait(None if due is None else due - time.monotonic())
             asked, cancelled = self.is_set(), [holder for holder, since in self._holders.items() if since is not None]
         if not asked:
-            self._give_back(cancelled)
-            if self._gone(cancelled):
+            self._give_back(cancelled, until=self._is_overdue)
+            if self._gone(cancelled, until=self._is_overdue) or self._is_left_to_others(cancelled):
                 return False
         with self._changed:
             held = list(self._holders)
-        self._give_back(held)
+        self._give_back(held, until=self._is_last)
         if not held:
-            self._gone([])
+            self._gone([], until=self._is_last)
+        return True
+
+    def _is_left_to_others(self, cancelled: list[Holder]) -> bool:
+        """Whether what was cancelled, and cleared, only waits for others, whose work must not end with it."""
+        with self._changed:
+            still = [holder for holder in cancelled if holder in self._holders]
+            others = self._holders.keys() - set(still)
+            if self.is_set() or not others or not self._noticed.issuperset(still):
+                return False
+            self._holders.update(dict.fromkeys(still))
         return True
 
     def _due(self) -> float | None:
@@ -136,25 +159,28 @@ class Stop:
         first = min([*since, *([] if self._asked_at is None else [self._asked_at])], default=None)
         return None if first is None else first + WORK_SECONDS
 
-    def _give_back(self, holders: list[Holder]) -> None:
-        """All at once, since each may wait for a store that does not answer; after a signal, no longer than it may."""
+    def _give_back(self, holders: list[Holder], *, until: Callable[[], bool]) -> None:
+        """All at once, since each may wait for a store that does not answer."""
         threads = [threading.Thread(target=holder.give_back, daemon=True) for holder in holders]
         for thread in threads:
             thread.start()
         for thread in threads:
-            while thread.is_alive() and not self._is_last():
+            while thread.is_alive() and not until():
                 thread.join(0.05)
 
-    def _gone(self, holders: list[Holder]) -> bool:
-        """Whether work comes to its end after all, before the last moment."""
+    def _gone(self, holders: list[Holder], *, until: Callable[[], bool]) -> bool:
+        """Whether work comes to its end after all."""
         last = time.monotonic() + (LAST_SECONDS - WORK_SECONDS if self.is_set() else LEAVE_SECONDS)
         with self._changed:
             while any(holder in self._holders for holder in holders) or not holders:
                 left = last - time.monotonic()
-                if left <= 0 or self._is_last():
+                if left <= 0 or until():
                     return False
-                self._changed.wait(left)
+                self._changed.wait(min(left, 0.05))
         return True
+
+    def _is_overdue(self) -> bool:
+        return self._asked_at is not None and time.monotonic() > self._asked_at + WORK_SECONDS
 
     def _is_last(self) -> bool:
         return self._asked_at is not None and time.monotonic() > self._asked_at + LAST_SECONDS

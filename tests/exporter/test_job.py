@@ -13,14 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Regex
+from tokenizers.normalizers import Replace
 
 from dispatcher.artifacts import ArtifactWriter, path_of
 from dispatcher.contract import ExportRecord, ExportType, Lease, State
 from dispatcher.errors import ArtifactConflict, NotAvailable, NotFound, StorageFull, TokenExpired, Unavailable
 from dispatcher.lifecycle import Actor, noted, transition
 from dispatcher.local_artifacts import LocalArtifacts
+from dispatcher.published import SPOILT_PREFIX
 from dispatcher.records import update
 from dispatcher.sqlite_records import SqliteRecords
+from exporter import job
 from exporter.job import ExitCode, run_job
 from exporter.lease import Term, utc_now
 from exporter.manifest import publish_manifest
@@ -213,8 +217,8 @@ class _Failing(LocalArtifacts):
 
         class Writer:
             def write(self, data: bytes | bytearray | memoryview) -> None:
-                store.written += len(data)
-                if store.written > store.after:
+                store.written += 0 if SPOILT_PREFIX in path else len(data)
+                if store.written > store.after and SPOILT_PREFIX not in path:
                     raise store.error
                 writer.write(data)
 
@@ -631,3 +635,36 @@ def test_a_job_that_is_gone_is_said_in_the_triggers_record(place: Place) -> None
     error = place.record().error
     assert error is not None
     assert error.code == "job_not_found"
+
+
+def test_an_export_that_is_always_interrupted_fails_for_now_in_the_end(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may never find the time that it takes; how often it is tried has a bound."""
+    monkeypatch.setattr(job, "MAX_INTERRUPTED", 2)
+    place.queue()
+    place.stop.set()
+    assert place.run() is ExitCode.TRY_AGAIN
+    assert place.record().state is State.QUEUED
+    place.run()
+    error = place.record().error
+    assert error is not None
+    assert (error.code, error.retryable) == ("interrupted", True)
+
+
+def test_a_panic_in_a_library_is_a_verdict(place: Place) -> None:
+    """A tokenizer's pattern that is too much for the library ends in what is no Exception of Python's."""
+    place.queue()
+    store = Interfering(place.root / "artifacts")
+
+    def panic() -> None:
+        if place.record().state is State.RUNNING:
+            Replace(Regex(r"(.+)+\1$"), "").normalize_str("a" * 60 + "b")
+
+    store.interfere = panic
+    place.stores = replace(place.stores, artifacts=store)
+    assert place.run() is ExitCode.FAILED
+    error = place.record().error
+    assert error is not None
+    assert error.code == "file_unreadable"
+    assert place.record().lease is None

@@ -1,5 +1,6 @@
 """The end of a process: within five seconds of a signal, with nothing held that nobody works on."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -132,6 +133,60 @@ def test_clearing_what_was_cancelled_may_take_its_time_until_a_signal_comes() ->
         stop.set()
         assert codes.get(timeout=5) == TRY_AGAIN
     go.set()
+
+
+@pytest.mark.usefixtures("hasty")
+def test_cancelled_work_that_only_waits_for_others_does_not_end_theirs() -> None:
+    """It knows, and what it wrote is gone; a signal still ends them all."""
+    stop, cancelled, other = Stop(), Held(), Held()
+    codes = left(stop)
+    with stop.holding(cancelled), stop.holding(other):
+        stop.cancelled(cancelled)
+        stop.noticed(cancelled)
+        assert cancelled.given_back.wait(5)
+        with pytest.raises(Empty):
+            codes.get(timeout=2)
+        assert not other.given_back.is_set()
+        stop.set()
+        assert codes.get(timeout=5) == TRY_AGAIN
+        assert other.given_back.is_set()
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_signal_releases_the_others_while_what_was_cancelled_cannot_be_cleared() -> None:
+    """Each for itself."""
+    stop, never = Stop(), threading.Event()
+    cancelled, other = Held(never.wait), Held()
+    codes = left(stop)
+    with stop.holding(cancelled), stop.holding(other):
+        stop.cancelled(cancelled)
+        time.sleep(0.5)
+        stop.set()
+        assert codes.get(timeout=5) == TRY_AGAIN
+    assert other.given_back.is_set()
+    never.set()
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_log_that_nobody_reads_does_not_hold_up_the_end() -> None:
+    """A pipe that is full, say."""
+    never = threading.Event()
+
+    class Full(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            never.wait()
+
+    handler = Full()
+    stopping.log.addHandler(handler)
+    try:
+        stop = Stop()
+        codes = left(stop)
+        with stop.holding(Held()):
+            stop.set()
+            assert codes.get(timeout=5) == TRY_AGAIN
+    finally:
+        never.set()
+        stopping.log.removeHandler(handler)
 
 
 PROGRAM = textwrap.dedent(

@@ -10,7 +10,7 @@ import pytest
 
 from dispatcher.artifacts import ArtifactWriter, StoredFile, path_of
 from dispatcher.contract import State
-from dispatcher.errors import Unavailable
+from dispatcher.errors import StorageFull, Unavailable
 from dispatcher.lifecycle import Actor
 from dispatcher.local_artifacts import LocalArtifacts
 from dispatcher.published import SPOILT_PREFIX
@@ -117,6 +117,24 @@ def test_another_that_begins_while_files_are_removed_does_not_count_on_them(plac
     manifest = json.loads(place.artifacts.read(str(artifact.manifest)))
     assert still_holds(place.artifacts, path_in(place, artifact.uri), manifest)
     assert not [name for name in place.files() if ".parts/" in name]
+
+
+def test_without_room_for_its_mark_nothing_is_removed(place: Place) -> None:
+    """Whoever goes on while this process sleeps would not know."""
+    place.queue()
+
+    class Full(LocalArtifacts):
+        def create(self, path: str, *, size: int | None = None) -> ArtifactWriter:
+            if SPOILT_PREFIX in path:
+                raise StorageFull("no room left")
+            if path.endswith("tokenizer_config.json"):
+                place.record_change(State.CANCELLED, Actor.CALLER)
+                raise Unavailable("the disk stalled")
+            return super().create(path, size=size)
+
+    place.stores = replace(place.stores, artifacts=Full(place.root / "artifacts"))
+    assert place.run() is ExitCode.DONE
+    assert any(name.endswith(WEIGHTS) for name in place.files())
 
 
 def path_in(place: Place, uri: str) -> str:
