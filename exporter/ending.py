@@ -58,8 +58,12 @@ def drop_token(export_id: str, token_ref: str | None, records: RecordStore, toke
         log.warning("the token is left to its time to live: %s", error.message)
 
 
-def tidy(export_id: str, execution: str, records: RecordStore, tokens: TokenStore) -> None:
-    """Do what an attempt of this execution had still to do when it was killed just after the end of an export."""
-    record = found_now(export_id, records)
-    if record is not None and record.execution == execution and not needs_token(record):
-        drop_token(export_id, record.token_ref, records, tokens)
+def tidy(job_id: str, execution: str, records: RecordStore, tokens: TokenStore) -> None:
+    """Do what an attempt of this execution had still to do when it was killed just after the end of an export.
+
+    Raises:
+        Unavailable: The record store does not tell the job's exports.
+    """
+    for record in records.list_exports(job_id=job_id):
+        if record.execution == execution and not needs_token(record):
+            drop_token(record.export_id, record.token_ref, records, tokens)

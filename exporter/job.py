@@ -74,6 +74,8 @@ def run_job(order: Order, stores: Stores, stop: Stop) -> ExitCode:
         if order.export_id is None or error.retryable:
             raise
         return _refuse(order, order.export_id, error, stores)
+    if order.task_attempt:
+        tidy(order.job_id, order.execution, stores.records, stores.tokens)
     worst = ExitCode.DONE
     for group in _groups(ordered(order, stores.records, stores.artifacts, job)):
         worst = max(worst, _run_group(group, order, stores, job, stop))
@@ -146,13 +148,11 @@ def _run_export(
 ) -> ExitCode:
     if record.state is State.FAILED and record.execution == order.execution:
         log.error("this execution has failed before: %s", record.error.message if record.error else "")
-        tidy(record.export_id, order.execution, stores.records, stores.tokens)
         return ExitCode.FAILED
     try:
         claimed = _claimed(order, record.export_id, stores)
     except IllegalTransition as error:
         log.info("nothing to do: %s", error.message)
-        tidy(record.export_id, order.execution, stores.records, stores.tokens)
         return ExitCode.DONE
     log.info("claimed %s, attempt %d", record.export_id, claimed.record.attempt)
     release = partial(_give_up, claimed, Interrupted(SHUTTING_DOWN), order, stores)

@@ -75,7 +75,7 @@ def test_a_killed_attempts_token_is_dropped_by_the_next(place: Place, monkeypatc
             place.run(execution="e")
     assert place.record().state is State.COMPLETED
     assert place.record().token_ref == ref
-    assert place.run(execution="e", export_id=EXPORT) is ExitCode.DONE
+    assert place.run(execution="e", task_attempt=1) is ExitCode.DONE
     assert place.record().token_ref is None
     with pytest.raises(TokenExpired):
         place.tokens.get(ref)
