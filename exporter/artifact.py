@@ -118,7 +118,7 @@ class Work:
             _drop_parts(attempt)
             return _result(self.store, directory, manifest, {}, identity)
         self.hold.agree(identity.version, instead_of=identity.nonce)
-        self.hold.cleared_by(partial(_clear, attempt, self.hold))
+        self.hold.cleared_by(partial(_take_back, attempt, self.hold, goes_on=False))
         try:
             made = recipe.make(attempt)
             if made is None:
@@ -216,11 +216,6 @@ def _take_back(attempt: Attempt, hold: Hold, *, goes_on: bool) -> None:
             attempt.withdraw(hold)
     except ExportError as error:
         log.warning("files stay in %s: %s", attempt.directory, error.message)
-
-
-def _clear(attempt: Attempt, hold: Hold) -> None:
-    """Remove all that the attempt at a cancelled export wrote, half-written files too, while its work hangs."""
-    _take_back(attempt, hold, goes_on=False)
 
 
 def _drop_parts(attempt: Attempt) -> None:

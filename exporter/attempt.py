@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from dispatcher.artifacts import ArtifactStore, ArtifactWriter, StoredFile, publish
 from dispatcher.errors import LeaseLost, NotFound, StorageFull, Unavailable
-from dispatcher.published import COLLECTED_PREFIX, MANIFEST_NAME, PARTS_SUFFIX, SPOILT_PREFIX, spoilt_marks
+from dispatcher.published import COLLECTED_PREFIX, MANIFEST_NAME, PARTS_SUFFIX, SPOILT_PREFIX
 from exporter.lease import Hold
 
 
@@ -82,11 +82,6 @@ class Attempt:
                 f"a part of {path} was removed while they were put together; nothing was published. Try again.",
                 code="artifact_vanished",
             ) from error
-
-    @property
-    def is_spoilt(self) -> bool:
-        """Whether what lies there is not what belongs there, or is being removed."""
-        return bool(spoilt_marks(self.store, self.directory))
 
     def spoil(self) -> None:
         """Say to all attempts and tasks that this version cannot be made any more: that they make another.

@@ -25,8 +25,6 @@ BEAT_SECONDS = 1.0
 WRITE_SECONDS = 2.0
 """How often stage and progress are written at most, by all tasks together: Firestore takes about one write a second to
 one document."""
-
-
 SHUTTING_DOWN = "the machine is shutting down; the export goes back to the queue"
 
 

@@ -26,8 +26,6 @@ LEAVE_SECONDS = 1.0
 """How long work has to notice that what it did was cleared"""
 TRY_AGAIN = 75
 """EX_TEMPFAIL of sysexits.h"""
-
-
 _ENDS = "the work did not stop by itself in time: the process ends, and the next attempt goes on"
 
 
@@ -139,9 +137,12 @@ class Stop:
                 return False
         with self._changed:
             held = list(self._holders)
-        self._give_back(held, until=self._is_last)
-        if not held:
-            self._gone([], until=self._is_last)
+        if held:
+            self._give_back(held, until=self._is_last)
+        elif self.is_set():
+            self._wait_for_last()
+        else:
+            return False
         return True
 
     def _is_left_to_others(self, cancelled: list[Holder]) -> bool:
@@ -172,12 +173,17 @@ class Stop:
         """Whether work comes to its end after all."""
         last = time.monotonic() + (LAST_SECONDS - WORK_SECONDS if self.is_set() else LEAVE_SECONDS)
         with self._changed:
-            while any(holder in self._holders for holder in holders) or not holders:
+            while any(holder in self._holders for holder in holders):
                 left = last - time.monotonic()
                 if left <= 0 or until():
                     return False
                 self._changed.wait(min(left, 0.05))
         return True
+
+    def _wait_for_last(self) -> None:
+        """Nothing is held that could be lost: work may take all its time."""
+        while not self._is_last():
+            time.sleep(0.05)
 
     def _is_overdue(self) -> bool:
         return self._asked_at is not None and time.monotonic() > self._asked_at + WORK_SECONDS
