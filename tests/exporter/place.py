@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dispatcher.artifacts import ArtifactWriter
 from dispatcher.contract import ExportRecord, Lease, State
+from dispatcher.errors import Unavailable
 from dispatcher.lifecycle import Actor, transition
 from dispatcher.local_artifacts import LocalArtifacts
 from dispatcher.records import update
@@ -62,6 +63,20 @@ class Place:
     def run(self, **order: object) -> ExitCode:
         wanted = Order(job_id="job-1", execution=f"test-{secrets.token_hex(3)}")
         return run_job(replace(wanted, **order), self.stores, self.stop)  # type: ignore[arg-type]  # fields by name
+
+    def run_on_stalling_disk(self) -> ExitCode:
+        """Run while the disk stalls between the weights and the last of the side files."""
+        store = Interfering(self.root / "artifacts")
+
+        def stalled() -> None:
+            if any(name.endswith("tokenizer.json") for name in self.files()):
+                raise Unavailable("the disk stalled")
+
+        store.interfere = stalled
+        good, self.stores = self.stores, replace(self.stores, artifacts=store)
+        code = self.run()
+        self.stores = good
+        return code
 
     def record_change(self, to: State, by: Actor, export_id: str = EXPORT) -> None:
         update(self.records, export_id, lambda record: transition(record, to, by=by, now=utc_now()))

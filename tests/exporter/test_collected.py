@@ -1,7 +1,6 @@
 """The collector beside real exports: what they recorded is whole, whenever it sleeps, wakes or dies."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from dispatcher.local_artifacts import LocalArtifacts
 from dispatcher.published import is_whole
 from exporter.job import ExitCode
 from exporter.lease import utc_now
-from tests.exporter.place import Interfering, Place
+from tests.exporter.place import Place
 
 GRACE = timedelta(days=7)
 
@@ -138,20 +137,11 @@ def test_a_version_collected_by_half_is_not_found_finished(place: Place, at: int
 def test_an_attempt_abandoned_by_its_caller_leaves_nothing(place: Place) -> None:
     """A machine stopped in the middle of it, and before the next began it was cancelled."""
     place.queue()
-    store = Interfering(place.root / "artifacts")
-
-    def stalled() -> None:
-        if any(name.endswith("tokenizer.json") for name in place.files()):
-            raise Unavailable("the disk stalled")
-
-    store.interfere = stalled
-    place.stores = replace(place.stores, artifacts=store)
-    assert place.run() is ExitCode.TRY_AGAIN
+    assert place.run_on_stalling_disk() is ExitCode.TRY_AGAIN
     place.record_change(State.CANCELLED, Actor.CALLER)
     assert any(name.endswith("model.safetensors") for name in place.files())
     assert collector_of(place, later=timedelta(hours=1)).collect() == {"collected": 1}
     assert place.files() == []
-    store.interfere = lambda: None
     place.requeue()
     assert place.run() is ExitCode.DONE
     version_of(place)

@@ -147,18 +147,9 @@ def test_after_a_passing_fault_everything_stays_for_the_next_attempt(place: Plac
     elsewhere = made_elsewhere(place)
     place.queue()
     leave(place, elsewhere.name, WEIGHTS, (elsewhere / WEIGHTS).read_bytes())
-    store = Interfering(place.root / "artifacts")
-
-    def stalled() -> None:
-        if any(name.endswith("tokenizer.json") for name in place.files()):
-            raise Unavailable("the disk stalled")
-
-    store.interfere = stalled
-    place.stores = replace(place.stores, artifacts=store)
-    assert place.run() is ExitCode.TRY_AGAIN
+    assert place.run_on_stalling_disk() is ExitCode.TRY_AGAIN
     names = {Path(name).name for name in place.files()}
     assert {WEIGHTS, f"{WEIGHTS}.json", "tokenizer.json"} <= names
-    place.stores = replace(place.stores, artifacts=place.artifacts)
     assert place.run() is ExitCode.DONE
     assert {Path(name).parent.name for name in place.files()} == {elsewhere.name}
 
