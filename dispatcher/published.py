@@ -13,6 +13,8 @@ from dispatcher.contract import ExportType
 from dispatcher.errors import SourceError
 
 ROOTS = {ExportType.MERGED: "merged_models", ExportType.GGUF: "gguf_models"}
+BASES_ROOT = "base_models"
+"""Where the exporter keeps what it read from the hub, `{repo}@{commit}/`."""
 MANIFEST_NAME = "export.json"
 PARTS_SUFFIX = ".parts"
 SPOILT_PREFIX = "spoilt."

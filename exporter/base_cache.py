@@ -12,6 +12,7 @@ from functools import partial
 from typing import Self
 
 from dispatcher.artifacts import ArtifactStore, StoredFile, is_bucket
+from dispatcher.published import BASES_ROOT
 from exporter.byte_source import ByteReader, ByteSource, ByteStream
 from exporter.hub_copy import RECORD, Copy, record_of
 from exporter.hub_file import HubFile
@@ -23,7 +24,6 @@ from exporter.stored_object import StoredObject
 from exporter.tasks import Tasks
 
 log = logging.getLogger(__name__)
-ROOT = "base_models"
 BLOCK_BYTES = 4 << 20
 _FILLING = threading.Lock()
 """Held by the one export that copies a base before it reads it: others then find the copy."""
@@ -49,7 +49,7 @@ def cached(base: Base, store: ArtifactStore | None) -> Base:
     """
     if base.weights is None:
         return base
-    directory = f"{ROOT}/{base.model_id}@{base.revision}"
+    directory = f"{BASES_ROOT}/{base.model_id}@{base.revision}"
     there = _copies(store, directory) if store is not None and is_bucket(store) else {}
     weights: dict[str, ByteSource] = {}
     for name, source in base.weights.items():

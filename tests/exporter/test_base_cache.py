@@ -12,8 +12,8 @@ from dispatcher.artifacts import ArtifactWriter
 from dispatcher.contract import TrainingJob
 from dispatcher.errors import ExportError, StorageFull
 from dispatcher.gcs_artifacts import GcsArtifacts
+from dispatcher.published import BASES_ROOT
 from exporter.artifact import Recipe, Result
-from exporter.base_cache import ROOT
 from exporter.hub_copy import Copy
 from exporter.lease import Hold
 from exporter.manifest import History
@@ -86,7 +86,7 @@ def exported(
 
 def kept(store: GcsArtifacts) -> dict[str, bytes]:
     """What is in the bucket of the base, by name."""
-    uri = store.uri(f"{ROOT}/google/tiny@{COMMIT}")
+    uri = store.uri(f"{BASES_ROOT}/google/tiny@{COMMIT}")
     names = [file.name for file in store.list(uri) if not file.name.endswith(".json")]
     return {name: store.read(f"{uri}/{name}") for name in names}
 
@@ -144,7 +144,7 @@ def test_one_file_that_is_missing_is_read_from_the_hub(hub: Hub, models: Path, s
     """As after an attempt that was killed."""
     first = exported(models / "adapter", store)
     name = sorted(kept(store))[1]
-    store.delete_prefix(f"{ROOT}/google/tiny@{COMMIT}/{name}")
+    store.delete_prefix(f"{BASES_ROOT}/google/tiny@{COMMIT}/{name}")
     hub.seen.clear()
     second = exported(models / "adapter", store, job="job-2")
     asked = [seen for seen in hub.seen if seen.headers.get("Range")]
@@ -160,7 +160,7 @@ def test_a_copy_that_is_not_proved_is_not_used_and_is_mended(
 ) -> None:
     """Of the same size even: the record beside it has the checksum of the bytes that were the hub's."""
     first = exported(models / "adapter", store)
-    directory = f"{ROOT}/google/tiny@{COMMIT}"
+    directory = f"{BASES_ROOT}/google/tiny@{COMMIT}"
     one, other = sorted(kept(store))[:2]
     bucket = bucket_named(store.uri("x").split("/")[2])
     if damage == "no record":
@@ -218,7 +218,7 @@ class Full(GcsArtifacts):
 
     def create(self, path: str, *, size: int | None = None) -> ArtifactWriter:
         writer = super().create(path, size=size)
-        if path.startswith(ROOT):
+        if path.startswith(BASES_ROOT):
             if self._when == "create":
                 raise StorageFull("full")
 

@@ -9,8 +9,8 @@ import pytest
 
 from dispatcher.contract import TrainingJob
 from dispatcher.gcs_artifacts import GcsArtifacts
+from dispatcher.published import BASES_ROOT
 from exporter.artifact import Result
-from exporter.base_cache import ROOT
 from exporter.shared_pass import SharedPass
 from exporter.tasks import Tasks
 from tests.buckets import bucket_named, new_bucket
@@ -67,7 +67,7 @@ def weights(models: Path) -> dict[str, bytes]:
 
 def kept(store: GcsArtifacts) -> dict[str, bytes]:
     """What is in the bucket of the base, by name."""
-    uri = store.uri(f"{ROOT}/google/tiny@{COMMIT}")
+    uri = store.uri(f"{BASES_ROOT}/google/tiny@{COMMIT}")
     names = [file.name for file in store.list(uri) if not file.name.endswith(".json")]
     return {name: store.read(f"{uri}/{name}") for name in names}
 
