@@ -264,6 +264,8 @@ class ExportRecord(Frozen):
     """Which version the tasks that hold it are making, where there are several."""
     created_at: datetime
     updated_at: datetime
+    queued_at: datetime | None = None
+    """Since when it waits, or waited last, for an execution to be started; None in records of before there was this."""
     published_at: datetime | None = None
     publications: int = 0
     """Messages sent in a row of which none was delivered."""

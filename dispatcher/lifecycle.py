@@ -115,6 +115,8 @@ def transition(
         raise LeaseHeld(f"{name} is {record.state} and being worked on: left alone")
     ended = now if to in (DONE, FAILED, CANCELLED) else None
     effects = {**_effects(record, to, by), "lease": lease, "uncollected_since": ended, **changes}
+    if to is Q and record.state is not S:  # what could not be started has waited all the while
+        effects["queued_at"] = now
     return changed(record, now, state=to, **effects)
 
 
@@ -154,6 +156,7 @@ def requested(
         token_ref=token_ref,
         created_at=now,
         updated_at=now,
+        queued_at=now,
     )
 
 

@@ -15,6 +15,7 @@ from dispatcher.messages import LAUNCHING, read_message, refusals_logged
 from dispatcher.records import RecordStore, every_export, update
 from dispatcher.runner import JobRunner
 from dispatcher.tasks import task_count
+from dispatcher.watched import Backlog, export_failed
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class Trigger:
                 return
             if moved.state is State.FAILED:
                 # Our own verdict just now; going on would replay it at once, and so launch for ever.
-                logger.error("export %s was given up: %s", moved.export_id, moved.error and moved.error.message)
+                _log_given_up(moved)
                 return
         raise _contended(message)
 
@@ -140,7 +141,7 @@ class Trigger:
                 raise _launching(record)
             new = self.reclaimed(record) or lifecycle.failed(record, by=Actor.DEAD_LETTER, error=error, now=now)
             if self._records.replace_export(record, new) and new.state is State.FAILED:
-                logger.error("export %s was given up: %s", record.export_id, new.error and new.error.message)
+                _log_given_up(new)
                 return
         raise _contended(message)
 
@@ -158,8 +159,9 @@ class Trigger:
             Unavailable: The record store tells no exports.
         """
         done = {"requeued": 0, "failed": 0, "published": 0}
-        missed, in_a_row = list[str](), 0
+        missed, in_a_row, backlog = list[str](), 0, Backlog()
         for record in every_export(self._records, UNFINISHED):
+            backlog.saw(record, self._clock())
             try:
                 for name in self._tended(record, lost_messages=lost_messages):
                     done[name] += 1
@@ -170,6 +172,7 @@ class Trigger:
                 in_a_row += 1
             if in_a_row == OUTAGE:
                 break
+        logger.info("%d exports are unfinished", backlog.unfinished, extra=backlog.fields())
         if missed:
             raise SweepIncomplete(missed, done)
         return done
@@ -285,7 +288,7 @@ class Trigger:
             if not self._records.replace_export(record, back):
                 return
             if back.state is State.FAILED:
-                logger.error("export %s was given up: %s", back.export_id, back.error and back.error.message)
+                _log_given_up(back)
                 yield "failed"
                 return
             yield "requeued"
@@ -296,6 +299,12 @@ class Trigger:
         if overdue or (waits and lost_messages):
             self.publish(record)
             yield "published"
+
+
+def _log_given_up(record: ExportRecord) -> None:
+    error = record.error
+    fields = export_failed(error.code, retryable=error.retryable) if error else {}
+    logger.error("export %s was given up: %s", record.export_id, error and error.message, extra=fields)
 
 
 def _launching(record: ExportRecord) -> Unavailable:

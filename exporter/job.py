@@ -14,6 +14,7 @@ from dispatcher.lifecycle import Actor, completed, failed, transition
 from dispatcher.logs import bound, clean
 from dispatcher.records import RecordStore, update
 from dispatcher.tokens import TokenStore
+from dispatcher.watched import export_failed
 from exporter.artifact import Result
 from exporter.ending import drop_token, ending, fault_of, found_now, tidy
 from exporter.gguf_export import export_gguf
@@ -269,7 +270,8 @@ def _give_up(claimed: Claim, error: ExportError, order: Order, stores: Stores) -
             update(stores.records, record.export_id, change)
         finally:
             # After it, since a log that nobody reads holds up whoever writes to it, and may hold up the end.
-            log.error("%s: %s (%s)", record.export_id, error.message, error.error_code)
+            fields = {} if again else export_failed(error.error_code, retryable=error.retryable)
+            log.error("%s: %s (%s)", record.export_id, error.message, error.error_code, extra=fields)
     except (IllegalTransition, Unavailable) as lost:
         # Our own ending, where only the answer was lost; or whoever took it over came to one.
         unknown = again and isinstance(lost, Unavailable)

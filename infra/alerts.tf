@@ -1,0 +1,257 @@
+# What alerts look at are fields of log lines, dispatcher/watched.py; what each means and what to do is in README.md.
+
+resource "google_logging_metric" "failed_exports" {
+  name        = "gemma-export/failed_exports"
+  description = "Exports that failed, by code, and by whether it was something that passes."
+  filter      = "resource.type=(\"cloud_run_job\" OR \"cloud_run_revision\") AND jsonPayload.event=\"export_failed\""
+
+  metric_descriptor {
+    metric_kind = "DELTA"
+    value_type  = "INT64"
+    unit        = "1"
+
+    labels {
+      key        = "code"
+      value_type = "STRING"
+    }
+
+    labels {
+      key        = "retryable"
+      value_type = "BOOL"
+    }
+  }
+
+  label_extractors = {
+    code      = "EXTRACT(jsonPayload.code)"
+    retryable = "EXTRACT(jsonPayload.retryable)"
+  }
+
+  depends_on = [google_project_service.used]
+}
+
+resource "google_logging_metric" "swept" {
+  for_each = {
+    unfinished            = { unit = "1", description = "Exports that a sweep found unfinished." }
+    oldest_queued_seconds = { unit = "s", description = "How long the export that waits longest has waited for an execution." }
+    stuck_leases          = { unit = "1", description = "Exports whose holder died half an hour ago, and that nobody took back." }
+  }
+
+  name            = "gemma-export/${each.key}"
+  description     = each.value.description
+  filter          = "resource.type=\"cloud_run_revision\" AND jsonPayload.event=\"swept\""
+  value_extractor = "EXTRACT(jsonPayload.${each.key})"
+
+  metric_descriptor {
+    metric_kind = "DELTA"
+    value_type  = "DISTRIBUTION"
+    unit        = each.value.unit
+  }
+
+  bucket_options {
+    exponential_buckets {
+      num_finite_buckets = 40
+      growth_factor      = 1.5
+      scale              = 1
+    }
+  }
+
+  depends_on = [google_project_service.used]
+}
+
+resource "google_monitoring_notification_channel" "email" {
+  for_each = var.alert_emails
+
+  display_name = "gemma-export: ${each.key}"
+  type         = "email"
+  labels       = { email_address = each.key }
+
+  depends_on = [google_project_service.used]
+}
+
+locals {
+  channels = concat(var.notification_channels, [for channel in google_monitoring_notification_channel.email : channel.name])
+
+  # Of each condition: what is looked at, how its points of a window become one, and when that is too much.
+  alerts = {
+    failed_exports = {
+      title = "exports fail"
+      window = {
+        for_all  = "3600s"
+        duration = "0s"
+      }
+      conditions = merge(
+        {
+          for type in ["cloud_run_job", "cloud_run_revision"] :
+          "for a passing fault (${type})" => {
+            filter    = "metric.type=\"logging.googleapis.com/user/${google_logging_metric.failed_exports.name}\" AND resource.type=\"${type}\" AND metric.labels.retryable=\"true\""
+            aligner   = "ALIGN_DELTA"
+            threshold = 0
+          }
+        },
+        {
+          "whatever the reason" = {
+            filter    = "metric.type=\"logging.googleapis.com/user/${google_logging_metric.failed_exports.name}\" AND resource.type=\"cloud_run_job\""
+            aligner   = "ALIGN_DELTA"
+            threshold = var.failed_exports_per_hour - 1
+          }
+        },
+      )
+    }
+    dead_letters = {
+      title = "messages are dead letters"
+      window = {
+        for_all  = "600s"
+        duration = "0s"
+      }
+      conditions = {
+        "of job messages" = {
+          filter    = "metric.type=\"pubsub.googleapis.com/subscription/dead_letter_message_count\" AND resource.type=\"pubsub_subscription\" AND resource.labels.subscription_id=\"${google_pubsub_subscription.start.name}\""
+          aligner   = "ALIGN_DELTA"
+          threshold = 0
+        }
+      }
+    }
+    stuck_leases = {
+      title = "leases are stuck"
+      window = {
+        for_all  = "600s"
+        duration = "0s"
+      }
+      conditions = {
+        "after half an hour" = {
+          filter    = "metric.type=\"logging.googleapis.com/user/${google_logging_metric.swept["stuck_leases"].name}\" AND resource.type=\"cloud_run_revision\""
+          aligner   = "ALIGN_PERCENTILE_99"
+          threshold = 0
+        }
+      }
+    }
+    oldest_queued = {
+      title = "exports wait for too long"
+      window = {
+        for_all  = "600s"
+        duration = "0s"
+      }
+      conditions = {
+        "for an execution" = {
+          filter    = "metric.type=\"logging.googleapis.com/user/${google_logging_metric.swept["oldest_queued_seconds"].name}\" AND resource.type=\"cloud_run_revision\""
+          aligner   = "ALIGN_PERCENTILE_99"
+          threshold = var.oldest_queued_minutes * 60
+        }
+      }
+    }
+  }
+}
+
+resource "google_monitoring_alert_policy" "threshold" {
+  for_each = local.alerts
+
+  display_name          = "gemma-export: ${each.value.title}"
+  combiner              = "OR"
+  severity              = "ERROR"
+  notification_channels = local.channels
+
+  dynamic "conditions" {
+    for_each = each.value.conditions
+
+    content {
+      display_name = conditions.key
+
+      condition_threshold {
+        filter          = conditions.value.filter
+        comparison      = "COMPARISON_GT"
+        threshold_value = conditions.value.threshold
+        duration        = each.value.window.duration
+
+        aggregations {
+          alignment_period     = each.value.window.for_all
+          per_series_aligner   = conditions.value.aligner
+          cross_series_reducer = conditions.value.aligner == "ALIGN_DELTA" ? "REDUCE_SUM" : "REDUCE_MAX"
+        }
+      }
+    }
+  }
+
+  documentation {
+    mime_type = "text/markdown"
+    subject   = "gemma-export: ${each.value.title}"
+    content   = "What it means and what to do: infra/README.md, section “Alerts”, `${each.key}`."
+  }
+
+  alert_strategy {
+    auto_close = "86400s"
+  }
+}
+
+resource "google_monitoring_alert_policy" "no_sweep" {
+  display_name          = "gemma-export: nobody sweeps"
+  combiner              = "OR"
+  severity              = "ERROR"
+  notification_channels = local.channels
+
+  conditions {
+    display_name = "for half an hour"
+
+    condition_absent {
+      filter   = "metric.type=\"logging.googleapis.com/user/${google_logging_metric.swept["unfinished"].name}\" AND resource.type=\"cloud_run_revision\""
+      duration = "1800s"
+
+      aggregations {
+        alignment_period     = "300s"
+        per_series_aligner   = "ALIGN_DELTA"
+        cross_series_reducer = "REDUCE_SUM"
+      }
+    }
+  }
+
+  documentation {
+    mime_type = "text/markdown"
+    subject   = "gemma-export: nobody sweeps"
+    content   = "What it means and what to do: infra/README.md, section “Alerts”, `no_sweep`."
+  }
+
+  alert_strategy {
+    auto_close = "86400s"
+  }
+}
+
+resource "google_billing_budget" "project" {
+  provider = google.billing
+  count    = var.budget_amount == 0 ? 0 : 1
+
+  billing_account = coalesce(var.billing_account, data.google_project.this.billing_account)
+  display_name    = "gemma-export in ${var.project_id}"
+
+  budget_filter {
+    projects = ["projects/${data.google_project.this.number}"]
+  }
+
+  amount {
+    specified_amount {
+      units = tostring(var.budget_amount)
+    }
+  }
+
+  dynamic "threshold_rules" {
+    for_each = [0.5, 0.9, 1.0]
+
+    content {
+      threshold_percent = threshold_rules.value
+    }
+  }
+
+  threshold_rules {
+    threshold_percent = 1.0
+    spend_basis       = "FORECASTED_SPEND"
+  }
+
+  # Who administers the billing account is told in any case.
+  dynamic "all_updates_rule" {
+    for_each = length(local.channels) == 0 ? [] : [slice(local.channels, 0, min(5, length(local.channels)))]
+
+    content {
+      monitoring_notification_channels = all_updates_rule.value
+    }
+  }
+
+  depends_on = [google_project_service.used]
+}

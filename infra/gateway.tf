@@ -1,0 +1,44 @@
+resource "google_api_gateway_api" "exports" {
+  provider = google-beta
+
+  api_id = "gemma-export"
+
+  depends_on = [google_project_service.used]
+}
+
+resource "google_api_gateway_api_config" "exports" {
+  provider = google-beta
+
+  api                  = google_api_gateway_api.exports.api_id
+  api_config_id_prefix = "gemma-export-"
+
+  openapi_documents {
+    document {
+      path = "openapi.yaml"
+      contents = base64encode(templatefile("${path.module}/openapi.yaml", {
+        backend_url   = google_cloud_run_v2_service.function["export_api"].uri
+        jwt_issuer    = local.jwt.issuer
+        jwt_jwks_uri  = local.jwt.jwks_url
+        jwt_audiences = local.jwt.audience
+      }))
+    }
+  }
+
+  gateway_config {
+    backend_config {
+      google_service_account = google_service_account.invoker["gateway"].email
+    }
+  }
+
+  lifecycle {
+    create_before_destroy = true # the gateway has one at any moment
+  }
+}
+
+resource "google_api_gateway_gateway" "exports" {
+  provider = google-beta
+
+  gateway_id = "gemma-export"
+  api_config = google_api_gateway_api_config.exports.id
+  region     = coalesce(var.gateway_region, var.region)
+}
