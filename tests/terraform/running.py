@@ -32,6 +32,11 @@ class Resource:
     key: str | int | None
     values: Mapping[str, Any]
 
+    @property
+    def address(self) -> str:
+        """As in the configuration, without what tells several of it apart."""
+        return f"{self.kind}.{self.name}"
+
 
 @dataclass(frozen=True)
 class Terraform:
