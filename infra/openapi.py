@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]  # it ships no types
+import yaml
 
 from dispatcher.openapi import document as contract
 from infra.swagger import Document, UntranslatableError, swagger

@@ -132,7 +132,7 @@ variable "gpu_type" {
 }
 
 variable "exporter_cpu" {
-  description = "CPUs of a task."
+  description = "How many CPUs a task has."
   type        = number
   default     = 4
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,14 @@ def extracted(extractor: str, line: dict[str, Any]) -> Any:
 
 
 @pytest.fixture
-def logged(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.close()
+
+
+@pytest.fixture
+def logged() -> io.StringIO:
     """What this process logs, as a function does, one JSON object a line."""
     stream = io.StringIO()
     logs.configure(stream, {"service": "dispatcher"})
@@ -73,7 +81,7 @@ def test_an_export_that_its_exporter_fails_is_counted(find: Find, tmp_path: Path
     metric = find("google_logging_metric.failed_exports").values
     counted = [line for line in map(json.loads, run.stderr.splitlines()) if matches(metric["filter"], JOB, line)]
     labels = [{name: extracted(how, line) for name, how in metric["label_extractors"].items()} for line in counted]
-    assert labels == [{"code": "adapter_gone", "retryable": False}]
+    assert labels == [{"code": "base_missing", "retryable": False}]
 
 
 def test_an_export_that_the_dispatcher_gives_up_is_counted(find: Find, world: World, logged: io.StringIO) -> None:
@@ -116,7 +124,9 @@ def test_each_number_of_a_sweep_is_a_metric(plan: list[Resource]) -> None:
 
 def test_each_alert_looks_at_what_there_is(plan: list[Resource]) -> None:
     """At a metric of ours, or at Pub/Sub's own of the subscription that starts exports."""
-    ours = {f"logging.googleapis.com/user/{each.values['name']}" for each in plan if each.kind == "google_logging_metric"}
+    ours = {
+        f"logging.googleapis.com/user/{each.values['name']}" for each in plan if each.kind == "google_logging_metric"
+    }
     policies = [each for each in plan if each.kind == "google_monitoring_alert_policy"]
     conditions = [condition for each in policies for condition in each.values["conditions"]]
     looked_at = []

@@ -91,8 +91,10 @@ def test_defaults_are_those_of_the_code(plan: list[Resource]) -> None:
     """A laptop and a deployment behave alike, but for the memory that a task has."""
     read = {name: Settings.from_env(environment) for name, environment in environments(plan).items()}
     default = Settings.from_env({"PROJECT_ID": PROJECT})
-    alike = ("lease_seconds", "clock_skew_seconds", "max_attempts", "token_ttl_seconds", "collect_after_seconds")
-    alike += ("max_unfinished_per_user", "download_url_seconds", "engine", "base_cache", "verify_logits")
+    alike = [
+        *("lease_seconds", "clock_skew_seconds", "max_attempts", "token_ttl_seconds", "collect_after_seconds"),
+        *("max_unfinished_per_user", "download_url_seconds", "engine", "base_cache", "verify_logits"),
+    ]
     for found in read.values():
         assert {name: getattr(found, name) for name in alike} == {name: getattr(default, name) for name in alike}
     assert read["job"].memory_budget_mib == 4096

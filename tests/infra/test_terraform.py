@@ -1,23 +1,21 @@
 """The configuration of a deployment, read by the real `terraform` against the schema of the real providers."""
 
+import base64
 import json
 import re
-import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from dispatcher.openapi import document
 from dispatcher.settings import Settings
 from tests.infra.conftest import Find
 from tests.terraform.provider import SCHEMA
 from tests.terraform.running import INFRA, Resource, Terraform, TerraformError
 
 CONFIGURATION = "\n".join(path.read_text() for path in sorted(INFRA.glob("*.tf")))
-VARIABLES = {
-    name: text
-    for name, text in re.findall(r'^variable "(\w+)" \{\n(.*?)^\}', (INFRA / "variables.tf").read_text(), re.M | re.S)
-}
+VARIABLES = dict(re.findall(r'^variable "(\w+)" \{\n(.*?)^\}', (INFRA / "variables.tf").read_text(), re.M | re.S))
 GOOD: dict[str, Any] = {
     "gpu": False,
     "bucket_name": "a-bucket",
@@ -71,6 +69,8 @@ BAD: dict[str, list[Any]] = {
     "billing_account": ["my account"],
 }
 """Of each variable, values that are refused where all others have their defaults."""
+JUDGED_WITH_OTHERS = {"exporter_cpu", "exporter_memory_gib", "memory_budget_mib", "jwt_issuer", "engine"}
+"""A rule that looks at another variable too is not looked at where that one is wrong."""
 
 
 def test_it_is_formatted(deployment: Terraform) -> None:
@@ -94,19 +94,15 @@ def test_every_argument_is_one_of_the_providers(deployment: Terraform) -> None:
         ("data.tf", "field_path = fields.value", "field = fields.value", "Unsupported argument"),
         ("data.tf", 'dynamic "fields"', 'dynamic "field"', "Unsupported block type"),
         ("alerts.tf", "threshold_percent = threshold_rules.value", "percent = 1", "Unsupported argument"),
-        ("gateway.tf", "default_hostname", "hostname", None),
         ("outputs.tf", "exports.default_hostname", "exports.hostname", "Unsupported attribute"),
-        ("messages.tf", '].uri}/', '].url}/', "Unsupported attribute"),
+        ("messages.tf", "].uri}/", "].url}/", "Unsupported attribute"),
         ("access.tf", 'role_id     = "gemma', 'id = "gemma', "Missing required argument"),
-        ("data.tf", "force_destroy               = !var", "force_destroy               = [!var", None),
     ],
 )
-def test_a_slip_is_found(deployment: Terraform, tmp_path: Path, file: str, right: str, wrong: str, said: str | None) -> None:
+def test_a_slip_is_found(deployment: Terraform, file: str, right: str, wrong: str, said: str) -> None:
     """One in a block's content too; what could not be found, no test of this kind would show."""
     path = deployment.directory / file
     text = path.read_text()
-    if said is None:
-        pytest.skip("nothing to slip on")
     assert right in text
     path.write_text(text.replace(right, wrong, 1))
     try:
@@ -114,3 +110,230 @@ def test_a_slip_is_found(deployment: Terraform, tmp_path: Path, file: str, right
             deployment.validate()
     finally:
         path.write_text(text)
+
+
+def test_the_schema_is_that_of_the_pinned_providers() -> None:
+    """Extracted anew when the pin is changed: `python -m tests.terraform.extract`."""
+    pinned = dict(re.findall(r'source  = "hashicorp/([\w-]+)"\s+version = "([\d.]+)"', CONFIGURATION))
+    assert pinned == {name: told["version"] for name, told in SCHEMA.items()}
+
+
+def test_all_variables_are_described_and_have_a_default_and_bounds() -> None:
+    """But for the project, which has no default, and switches, which have no bounds."""
+    assert VARIABLES
+    for name, text in VARIABLES.items():
+        assert re.search(r'^  description = ".{20,}"$', text, re.M), name
+        assert ("\n  default " in text) == (name != "project_id"), name
+        assert ("validation {" in text) == ("= bool" not in text), name
+
+
+def variable_at(lines: list[str], line: int) -> str:
+    """The variable that a line of variables.tf, counted from 1, is about."""
+    return next(text.split('"')[1] for text in reversed(lines[:line]) if text.startswith("variable "))
+
+
+def test_each_bound_refuses_what_is_beyond_it(deployment: Terraform) -> None:
+    """Every rule there is; Terraform says all that is wrong at once, so a few plans see every value."""
+    lines = (INFRA / "variables.tf").read_text().splitlines()
+    broken = set[int]()
+    alone = [{name: value} for name, values in BAD.items() if name in JUDGED_WITH_OTHERS for value in values]
+    together: list[dict[str, Any]] = [
+        {
+            name: values[number]
+            for name, values in BAD.items()
+            if len(values) > number and name not in JUDGED_WITH_OTHERS
+        }
+        for number in range(max(map(len, BAD.values())))
+    ]
+    for wrong in [*alone, *together]:
+        with pytest.raises(TerraformError) as refused:
+            deployment.plan(**wrong)
+        told = {int(line) for line in re.findall(r"rule at\s+variables\.tf:(\d+)", str(refused.value))}
+        assert {variable_at(lines, line) for line in told} >= wrong.keys() - {"gpu"}
+        broken |= told
+    rules = {number for number, line in enumerate(lines, 1) if line == "  validation {"}
+    assert broken == rules
+
+
+def test_what_is_said_within_bounds_is_taken(deployment: Terraform) -> None:
+    """Every one at once."""
+    assert deployment.plan(**GOOD)
+
+
+def test_the_lane_without_a_gpu(deployment: Terraform, plan: list[Resource]) -> None:
+    """The same job but for the GPU, and a task may take a day."""
+    (lane,) = (
+        each.values["template"][0]["template"][0]
+        for each in deployment.plan(gpu=False, task_timeout_seconds=86400)
+        if each.kind == "google_cloud_run_v2_job"
+    )
+    (usual,) = (each.values["template"][0]["template"][0] for each in plan if each.kind == "google_cloud_run_v2_job")
+    assert usual["node_selector"] == [{"accelerator": "nvidia-l4"}]
+    assert usual["containers"][0]["resources"][0]["limits"] == {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": "1"}
+    assert (usual["gpu_zonal_redundancy_disabled"], usual["timeout"]) == (True, "3600s")
+    assert lane["node_selector"] == []
+    assert lane["containers"][0]["resources"][0]["limits"] == {"cpu": "4", "memory": "16Gi"}
+    assert (lane["gpu_zonal_redundancy_disabled"], lane["timeout"]) == (None, "86400s")
+    assert lane["containers"][0]["env"] == usual["containers"][0]["env"]
+
+
+def test_the_build_is_told_the_lane(deployment: Terraform) -> None:
+    """The image with Unsloth is for the GPU."""
+    assert "_VARIANT=gpu" in deployment.outputs()["build"]
+    assert "_VARIANT=cpu" in deployment.outputs(gpu=False)["build"]
+
+
+def test_a_task_is_retried_as_often_as_the_exporter_counts(find: Find) -> None:
+    """`MAX_ATTEMPTS` is the first try and the job's retries."""
+    (task,) = find("google_cloud_run_v2_job.exporter").values["template"][0]["template"]
+    tries = {each["name"]: each["value"] for each in task["containers"][0]["env"]}["MAX_ATTEMPTS"]
+    assert task["max_retries"] == int(tries) - 1 == 3
+
+
+def test_no_rule_of_the_bucket_can_match_an_artifact(find: Find) -> None:
+    """Collection is the sweep's work; nothing is public, and what was deleted by mistake is there for a week."""
+    bucket = find("google_storage_bucket.artifacts").values
+    assert bucket["lifecycle_rule"] == []
+    assert bucket["retention_policy"] == []
+    assert (bucket["uniform_bucket_level_access"], bucket["public_access_prevention"]) == (True, "enforced")
+    assert bucket["force_destroy"] is False
+    assert bucket["soft_delete_policy"][0]["retention_duration_seconds"] == 604800
+
+
+def test_the_database_has_the_indexes_of_the_file(plan: list[Resource]) -> None:
+    """Those that queries need, and none on fields that nobody asks for."""
+    file = json.loads((INFRA / "firestore.indexes.json").read_text())
+    indexes = [each.values for each in plan if each.kind == "google_firestore_index"]
+    planned = [[(field["field_path"], field["order"]) for field in index["fields"]] for index in indexes]
+    assert sorted(planned) == sorted(
+        [(field["fieldPath"], field["order"]) for field in index["fields"]] for index in file["indexes"]
+    )
+    bare = [each.values for each in plan if each.kind == "google_firestore_field"]
+    assert {field["field"] for field in bare} == {field["fieldPath"] for field in file["fieldOverrides"]}
+    assert all(field["index_config"] == [{"indexes": []}] for field in bare)
+    assert {each["collection"] for each in indexes + bare} == {"exports"}
+
+
+def test_the_database_is_made_only_where_it_is_not_there(deployment: Terraform, find: Find) -> None:
+    """The training service may have made it; what is made cannot be deleted by an oversight."""
+    assert find("google_firestore_database.records").values["delete_protection_state"] == "DELETE_PROTECTION_ENABLED"
+    kinds = {each.kind for each in deployment.plan(create_firestore_database=False)}
+    assert "google_firestore_database" not in kinds
+    assert "google_firestore_index" in kinds
+
+
+def seconds(text: str) -> int:
+    assert text.endswith("s")
+    return int(text[:-1])
+
+
+def test_deliveries_outlast_a_launch_that_died(find: Find) -> None:
+    """A message is refused while a launch's lease is good, and must come again after it."""
+    start = find("google_pubsub_subscription.start").values
+    (retry,), (dead,) = start["retry_policy"], start["dead_letter_policy"]
+    first, most = seconds(retry["minimum_backoff"]), seconds(retry["maximum_backoff"])
+    waited = sum(min(first * 2**number, most) for number in range(dead["max_delivery_attempts"] - 1))
+    longest = Settings.lease_seconds + 120
+    assert waited > 2 * longest
+    assert start["ack_deadline_seconds"] == 120
+
+
+def test_a_day_can_be_replayed_for_as_long_as_tokens_live(deployment: Terraform) -> None:
+    """Acknowledged messages are kept, by topic and subscription, and no subscription expires."""
+    for days in (7, 31):
+        plan = deployment.plan(message_retention_days=days)
+        subscriptions = {each.name: each.values for each in plan if each.kind == "google_pubsub_subscription"}
+        topics = [each.values for each in plan if each.kind == "google_pubsub_topic"]
+        kept = {each["message_retention_duration"] for each in [*subscriptions.values(), *topics]}
+        assert kept == {f"{days * 86400}s"}
+        assert subscriptions["start"]["retain_acked_messages"] is True
+        assert all(each["expiration_policy"] == [{"ttl": ""}] for each in subscriptions.values())
+
+
+def test_messages_are_pushed_to_who_takes_them(find: Find) -> None:
+    """With a token for that very function, under the path by which functions-framework knows a raw push."""
+    for name, target, topic in (("start", "start_export", "jobs"), ("fail", "fail_export", "dead_letters")):
+        (push,) = find(f"google_pubsub_subscription.{name}").values["push_config"]
+        url = find(f'google_cloud_run_v2_service.function["{target}"]').values["uri"]
+        topic_id = find(f"google_pubsub_topic.{topic}").values["id"]
+        assert push["push_endpoint"] == f"{url}/{topic_id}"
+        assert re.fullmatch(r"https://[^/]+/projects/[^/]+/topics/[^/]+", push["push_endpoint"])
+        assert push["oidc_token"] == [
+            {"audience": url, "service_account_email": "gemma-export-push@some-project.iam.gserviceaccount.com"}
+        ]
+    dead = find("google_pubsub_subscription.start").values["dead_letter_policy"][0]["dead_letter_topic"]
+    assert dead == find("google_pubsub_topic.dead_letters").values["id"]
+
+
+def test_a_push_is_answered_before_it_counts_as_unanswered(plan: list[Resource], find: Find) -> None:
+    """The function's own limit is no more than the deadline of the acknowledgement."""
+    services = {each.key: each.values for each in plan if each.kind == "google_cloud_run_v2_service"}
+    for name, target in (("start", "start_export"), ("fail", "fail_export")):
+        deadline = find(f"google_pubsub_subscription.{name}").values["ack_deadline_seconds"]
+        assert seconds(services[target]["template"][0]["timeout"]) <= deadline <= 600
+
+
+def test_the_sweep_is_called_every_five_minutes(find: Find) -> None:
+    """By POST, with a token for it, and given as long as it may take."""
+    job = find("google_cloud_scheduler_job.sweep").values
+    service = find('google_cloud_run_v2_service.function["sweep"]').values
+    (target,) = job["http_target"]
+    assert (job["schedule"], target["http_method"], target["uri"]) == ("*/5 * * * *", "POST", f"{service['uri']}/")
+    assert target["oidc_token"][0]["audience"] == service["uri"]
+    assert seconds(job["attempt_deadline"]) == seconds(service["template"][0]["timeout"])
+    assert service["template"][0]["scaling"][0]["max_instance_count"] == 1
+
+
+def test_no_image_is_whatever_is_the_latest(plan: list[Resource]) -> None:
+    """The build deploys by digest, and Terraform leaves its images alone."""
+    for each in plan:
+        if each.kind in ("google_cloud_run_v2_service", "google_cloud_run_v2_job"):
+            assert "latest" not in json.dumps(each.values["template"]).replace('"version": "latest"', "")
+    ignored = re.findall(r"ignore_changes = \[(.*)\]", CONFIGURATION)
+    assert [line.split(",")[0] for line in ignored] == [
+        "template[0].template[0].containers[0].image",
+        "template[0].containers[0].image",
+    ]
+
+
+def test_the_gateway_is_told_the_contract(find: Find) -> None:
+    """The very file in infra/, with the function's address and the issuer filled in."""
+    (config,) = find("google_api_gateway_api_config.exports").values["openapi_documents"]
+    told = yaml.safe_load(base64.b64decode(config["document"][0]["contents"]))
+    url = find('google_cloud_run_v2_service.function["export_api"]').values["uri"]
+    (scheme,) = told["securityDefinitions"].values()
+    assert json.dumps(told).count(url) >= 1
+    assert scheme["x-google-issuer"] == "https://securetoken.google.com/some-project"
+    assert scheme["x-google-audiences"] == "some-project"
+    assert told["paths"].keys() == document()["paths"].keys()
+
+
+def test_a_budget_needs_a_billing_account_and_can_be_left_out(deployment: Terraform, find: Find) -> None:
+    """The project's own, unless another is named."""
+    assert find("google_billing_budget.project").values["billing_account"] == "012345-6789AB-CDEF01"
+    mailed = {each.kind: each.values for each in deployment.plan(alert_emails=["a@example.com"])}
+    budget = mailed["google_billing_budget"]
+    assert len(budget["all_updates_rule"][0]["monitoring_notification_channels"]) == 1
+    assert "google_billing_budget" not in {each.kind for each in deployment.plan(budget_amount=0)}
+
+
+def test_every_api_that_is_used_is_switched_on(plan: list[Resource]) -> None:
+    """In an empty project nothing is."""
+    on = {each.key for each in plan if each.kind == "google_project_service"}
+    used = {
+        "google_api_gateway_api": "apigateway",
+        "google_artifact_registry_repository": "artifactregistry",
+        "google_billing_budget": "billingbudgets",
+        "google_cloud_run_v2_job": "run",
+        "google_cloud_scheduler_job": "cloudscheduler",
+        "google_firestore_database": "firestore",
+        "google_logging_metric": "logging",
+        "google_monitoring_alert_policy": "monitoring",
+        "google_pubsub_topic": "pubsub",
+        "google_service_account": "iam",
+        "google_storage_bucket": "storage",
+    }
+    assert used.keys() <= {each.kind for each in plan}
+    assert on >= {
+        f"{name}.googleapis.com" for name in (*used.values(), "secretmanager", "iamcredentials", "cloudbuild")
+    }
