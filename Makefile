@@ -10,7 +10,7 @@ UNSLOTH_READY := $(UNSLOTH_VENV)/.ready
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: setup demo demo-cloud test test-full test-unsloth matrix lint bench chaos fuzz clean
+.PHONY: setup demo demo-cloud test test-full test-unsloth matrix lint openapi bench chaos fuzz clean
 
 setup: $(READY)
 
@@ -61,6 +61,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.cloudbuild cloudbuild.yaml
+	$(BIN)/python -m infra.openapi --check
+
+# What the API gateway is told, from the contract; `make lint` fails while the two differ.
+openapi: setup
+	$(BIN)/python -m infra.openapi
 
 # Each parser of what strangers wrote gets so many seconds; what is found stays in .fuzz.
 FUZZ_SECONDS ?= 600

@@ -196,6 +196,8 @@ class Refused(ExportError):
     """A dispatcher said no; its problem document is passed on as it came."""
 
     def __init__(self, status: int, problem: Document) -> None:
+        if isinstance(problem.get("code"), int):  # the gateway's own form, which has the status for a code
+            problem = {"detail": problem.get("message")}
         detail = str(problem.get("detail") or f"the dispatcher answered {status} and no more")
         super().__init__(detail, code=str(problem.get("code") or "refused"))
         self._status = status

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dispatcher.bootstrap import Stack
-from dispatcher.client import EmbeddedClient, follow
+from dispatcher.client import EmbeddedClient, Refused, follow
 from dispatcher.errors import ExportError, InvalidRequest, Misconfigured
 from dispatcher.jobqueue import InlineQueue
 from dispatcher.runner import ProcessRunner
@@ -121,3 +121,15 @@ def test_without_the_embedded_queue_there_is_nothing_to_follow_here(world: World
     )
     with pytest.raises(Misconfigured, match="--url"):
         EmbeddedClient(stack, "ann")
+
+
+def test_the_gateways_own_refusal_is_told_as_it_says_it() -> None:
+    """Its form is not ours: `{"code": 401, "message": …}`."""
+    refused = Refused(401, {"code": 401, "message": "Jwt is missing"})
+    assert (refused.message, refused.error_code) == ("Jwt is missing", "refused")
+    assert refused.problem() == {
+        **ExportError("Jwt is missing", code="refused").problem(),
+        "title": "Refused",
+        "status": 401,
+        "detail": "Jwt is missing",
+    }
