@@ -121,6 +121,15 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Kept(Frozen):
+    """Base of what is stored while a deployment is upgraded or rolled back.
+
+    What another release has added is passed over; one that means something else by a field changes `schema_version`.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+
 JobId = Annotated[str, StringConstraints(pattern=JOB_ID_PATTERN)]
 
 
@@ -196,7 +205,7 @@ class TrainingJob(BaseModel):
         return cls.model_validate(fields)
 
 
-class Lease(Frozen):
+class Lease(Kept):
     """The right to work on an export, until it expires."""
 
     lease_id: str
@@ -205,7 +214,7 @@ class Lease(Frozen):
     expires_at: datetime
 
 
-class Artifact(Frozen):
+class Artifact(Kept):
     """One published result."""
 
     kind: ExportType
@@ -224,7 +233,7 @@ class Artifact(Frozen):
         return self.file or self.uri
 
 
-class Failure(Frozen):
+class Failure(Kept):
     """Why an export failed, as a caller may see it."""
 
     code: str
@@ -233,10 +242,10 @@ class Failure(Frozen):
     retryable: bool
 
 
-class ExportRecord(Frozen):
+class ExportRecord(Kept):
     """`exports/{export_id}`: everything known about one export. Changed by compare-and-set on `revision`."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = SCHEMA_VERSION
     export_id: str
     job_id: str
     user_id: str

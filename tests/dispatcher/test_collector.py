@@ -368,7 +368,9 @@ def test_nothing_is_collected_beside_a_record_that_cannot_be_read(embedded: Stor
         embedded.version(version, root=root, manifest=manifest("q8_0"))
     embedded.clock.now += WEEK
     with closing(sqlite3.connect(tmp_path / "records.db", isolation_level=None)) as database:
-        change = "UPDATE exports SET document = json_set(document, '$.newer', 1) WHERE export_id LIKE '%q4_k_m'"
+        change = (
+            "UPDATE exports SET document = json_set(document, '$.schema_version', 2) WHERE export_id LIKE '%q4_k_m'"
+        )
         assert database.execute(change).rowcount == 1
     with pytest.raises(SweepIncomplete, match=r"job\.gguf\.q8_0: the stored record of export job\.gguf\.q4_k_m"):
         embedded.collector.collect()

@@ -57,7 +57,7 @@ def test_a_record_of_another_schema_says_so(tmp_path: Path) -> None:
     store = SqliteRecords(tmp_path / "records.db")
     store.create_export(QUEUED)
     other = sqlite3.connect(tmp_path / "records.db", isolation_level=None)
-    other.execute("UPDATE exports SET document = json_set(document, '$.new_field', 1)")
+    other.execute("UPDATE exports SET document = json_set(document, '$.schema_version', 2)")
     other.close()
     with pytest.raises(ExportError) as error:
         store.get_export("job.merged")
