@@ -75,7 +75,7 @@ def _open(database: Path) -> None:
 @contextmanager
 def _beside(directory: Path) -> Iterator[Path]:
     """A temporary directory in another one, or where that would be made."""
-    there = next(place for place in (directory, *directory.parents) if place.is_dir())
+    there = next(place for place in (directory, *directory.parents) if place.exists())
     with tempfile.TemporaryDirectory(prefix=".gemma-export-doctor-", dir=there) as place:
         yield Path(place)
 
