@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from urllib.parse import urlsplit
 
-from dispatcher.artifacts import open_artifacts
+from dispatcher.artifacts import ArtifactStore, open_artifacts
 from dispatcher.doctor_findings import (
     AWAY,
     DENIED,
     MISSING,
+    NO_CREDENTIALS,
     Check,
     Finding,
     Group,
@@ -31,7 +32,7 @@ from dispatcher.settings import Settings
 
 RUN_SECONDS = 60.0
 """A run takes no longer, whatever hangs. Each probe has a shorter limit of its own."""
-_ENDING = (AWAY, MISSING, "no_credentials")
+_ENDING = (AWAY, MISSING, NO_CREDENTIALS)
 """After one of these the rest of a group would say the same again, and take its time."""
 
 
@@ -87,12 +88,9 @@ def groups(
     if settings.artifacts_url.startswith("gs:"):
         from dispatcher.doctor_adapters import adapter_groups
         from dispatcher.doctor_bucket import bucket_group
-        from dispatcher.doctor_signing import signing_group
 
-        store = cache(lambda: open_artifacts(settings.artifacts_url, signing_account=settings.signing_account))
         found.append(bucket_group(urlsplit(settings.artifacts_url).netloc, wanted))
         found += adapter_groups(adapters, settings.artifacts_url, wanted)
-        found.append(signing_group(store, settings.signing_account, wanted))
     if settings.queue_url.startswith("pubsub:"):
         from dispatcher.doctor_topic import topic_group
 
@@ -105,6 +103,10 @@ def groups(
         from dispatcher.doctor_tokens import tokens_group
 
         found.append(tokens_group(settings.tokens_url, wanted))
+    if settings.artifacts_url.startswith("gs:"):
+        from dispatcher.doctor_signing import signing_group
+
+        found.append(signing_group(_signer(settings), settings.signing_account, wanted))
     if settings.embedded:
         from dispatcher.doctor_laptop import laptop_group
 
@@ -118,6 +120,10 @@ def groups(
 
         found.append(keys_group(settings.jwt))
     return [group for group in found if group.checks]
+
+
+def _signer(settings: Settings) -> Callable[[], ArtifactStore]:
+    return cache(lambda: open_artifacts(settings.artifacts_url, signing_account=settings.signing_account))
 
 
 def examined(found: Sequence[Group], *, limit: float = RUN_SECONDS) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from dispatcher.permissions import NEEDS, Identity, Resource
 
 MAX_MESSAGE = 600
 """Characters."""
-DENIED, MISSING, AWAY = "permission_denied", "resource_missing", "unavailable"
+DENIED, MISSING, AWAY, NO_CREDENTIALS = "permission_denied", "resource_missing", "unavailable", "no_credentials"
 _REFUSALS = (DENIED, "source_forbidden")
 
 
@@ -27,6 +27,12 @@ class Outcome(StrEnum):
     """It cannot be told from here, which is no failure."""
 
 
+_REMEDIES: Mapping[str, str] = {
+    MISSING: "`terraform apply` in infra/ makes it; or the environment names another than the deployment's",
+    AWAY: "see that connections out are allowed from here, and ask again",
+    NO_CREDENTIALS: "gcloud auth application-default login",
+}
+"""What to do where a verdict does not say it itself."""
 _WORDS: Mapping[Outcome, str] = {
     Outcome.OK: "ok",
     Outcome.MISSING: "MISSING",
@@ -146,13 +152,13 @@ class Finding:
         return f"\n{'':13}".join(cleaned)
 
     def _remedy(self) -> str:
-        if self.verdict.remedy or self.verdict.code != DENIED or not self.check.grant or not self.is_fault:
-            return self.verdict.remedy
-        grant = self.check.grant
-        names = ", ".join(grant.identities)
-        return (
-            f"`terraform apply` in infra/ grants it; by hand: a role with {grant.permission} on {grant.on} for {names}"
-        )
+        grant, verdict = self.check.grant, self.verdict
+        if verdict.remedy or not self.is_fault:
+            return verdict.remedy
+        if verdict.code == DENIED and grant:
+            by_hand = f"a role with {grant.permission} on {grant.on} for {', '.join(grant.identities)}"
+            return f"`terraform apply` in infra/ grants it; by hand: {by_hand}"
+        return _REMEDIES.get(verdict.code, "")
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,7 @@ def verdict_of(error: ExportError) -> Verdict:
     """What an error of a port's says of a deployment."""
     if error.error_code in _REFUSALS:
         return Verdict(Outcome.MISSING, DENIED, error.message)
-    if error.error_code in (MISSING, "no_credentials"):
+    if error.error_code in (MISSING, NO_CREDENTIALS):
         return Verdict(Outcome.MISSING, error.error_code, error.message)
     if error.retryable:
         return Verdict(Outcome.MISSING, AWAY, error.message)

@@ -12,7 +12,6 @@ from dispatcher.settings import JwtCheck
 HUB_URL = "https://huggingface.co"
 CALL_SECONDS = 10.0
 _WHO_AM_I = "api/whoami-v2"
-_REMEDY = "see that connections out are allowed from where this runs, and what stands between"
 
 
 def hub_group(url: str | None, token: str | None) -> Group:
@@ -41,7 +40,7 @@ def _reached(where: str) -> Verdict:
     if isinstance(answer, Verdict):
         return answer
     if answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return Verdict(Outcome.MISSING, AWAY, f"the hub answers {answer.status_code}", "ask again later")
+        return Verdict(Outcome.MISSING, AWAY, f"the hub answers {answer.status_code}")
     return FINE  # whoever shows no token is told 401
 
 
@@ -64,7 +63,7 @@ def _keys(check: JwtCheck) -> Verdict:
         BearerCheck(check)  # which refuses some addresses
         keys = jwt.PyJWKClient(check.jwks_url, timeout=CALL_SECONDS).get_signing_keys()
     except jwt.PyJWKClientConnectionError as error:
-        return Verdict(Outcome.MISSING, AWAY, f"the keys cannot be fetched: {error}", _REMEDY)
+        return Verdict(Outcome.MISSING, AWAY, f"the keys cannot be fetched: {error}")
     except (jwt.PyJWTError, ValueError, OSError) as error:
         return Verdict(Outcome.WRONG, "jwt_keys_unusable", f"no keys are there: {error}", "mend JWT_JWKS_URL")
     return FINE if keys else Verdict(Outcome.WRONG, "jwt_keys_unusable", "no keys are there", "mend JWT_JWKS_URL")
@@ -75,4 +74,4 @@ def _answer(url: str, headers: dict[str, str] | None = None) -> httpx.Response |
     try:
         return httpx.get(url, headers=headers, timeout=CALL_SECONDS)
     except httpx.HTTPError as error:
-        return Verdict(Outcome.MISSING, AWAY, f"{url} does not answer: {error}", _REMEDY)
+        return Verdict(Outcome.MISSING, AWAY, f"{url} does not answer: {error}")

@@ -74,6 +74,15 @@ def test_a_server_that_is_away_does_not_keep_the_others_from_being_asked(
     assert findings["job.run"].verdict.outcome is Outcome.OK
 
 
+def test_without_credentials_the_way_to_them_is_said(deployment: Deployed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Google's own clients, which look for them as soon as no emulator is named."""
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere/key.json")
+    environment = {name: deployment.environment[name].partition("?")[0] for name in ("RUNNER_URL", "TOKENS_URL")}
+    findings = deployment.findings(Identity.DISPATCHER, environment=environment)
+    assert faults_in(findings) == dict.fromkeys(("job.cancel", "tokens.update"), "no_credentials")
+    assert "application-default login" in findings["tokens.update"].document()["remedy"]
+
+
 def test_what_never_ends_is_said_to_be_late_and_everything_else_is_told_in_order() -> None:
     """Even what comes after it, of other groups; of its own, nothing is known."""
     never = threading.Event()
