@@ -16,18 +16,9 @@ from dispatcher.doctor_records import INDEXES
 from dispatcher.errors import Misconfigured
 from dispatcher.permissions import Identity
 from infra.local.servers import HOST
-from infra.local.storage import StorageProxy
-from tests.dispatcher.deployed import Deployed, deployed, faults_in
+from tests.dispatcher.deployed import Deployed, faults_in
 
 NOBODY = f"{HOST}:1"
-
-
-@pytest.fixture
-def deployment(
-    tmp_path: Path, firestore_server: str, pubsub_server: str, storage_proxy: StorageProxy
-) -> Iterator[Deployed]:
-    with deployed(tmp_path, firestore_server, pubsub_server, storage_proxy) as found:
-        yield found
 
 
 @contextmanager
