@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from dispatcher.client import Client
 
 TYPES = ("adapter", "merged", "gguf")
+IDENTITIES = ("dispatcher", "trigger", "sweeper", "exporter")
 QUIET = logging.WARNING
 
 
@@ -195,6 +197,32 @@ def sweep(*, as_json: bool) -> None:
         lost = stack.settings.queue_url == "inline:"
         done = swept(stack.trigger, stack.collector, lost_messages=lost)
     _say(json.dumps(done) if as_json else ", ".join(f"{number} {what}" for what, number in done.items()))
+
+
+@main.command()
+@click.option("--as", "identities", type=click.Choice(IDENTITIES), multiple=True, help="Whose needs; default: all.")
+@click.option("--adapters", metavar="gs://BUCKET/PREFIX", multiple=True, help="Where training jobs keep adapters.")
+@_reported
+def doctor(identities: tuple[str, ...], adapters: tuple[str, ...], *, as_json: bool) -> int:
+    """Check each permission and connection that a deployment needs, and say what is missing.
+
+    The deployment is the one that the environment names, as for its functions: PROJECT_ID and so on. With nothing
+    set, it is this machine. Nothing is left behind but a secret without a payload, which expires in five minutes.
+
+    Asked is what the credentials at hand may do. So for an exact answer, ask as each service account by itself:
+
+    \b
+      gcloud auth application-default login --impersonate-service-account=EMAIL
+      gemma-export doctor --as dispatcher
+
+    Exits with 0 where nothing is missing, and with 1 where something is, or is set up wrong.
+    """
+    from dispatcher.doctor import told
+    from dispatcher.settings import Settings
+
+    # HF_ENDPOINT is huggingface_hub's own setting, which the dispatcher has not.
+    hub_url = os.environ.get("HF_ENDPOINT")
+    return told(Settings.from_env(), identities, adapters, hub_url=hub_url, as_json=as_json, say=_say)
 
 
 @main.command()

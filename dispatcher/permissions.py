@@ -120,4 +120,4 @@ NEEDS: Mapping[Identity, tuple[Need, ...]] = {
         ),
     ),
 }
-"""In the order in which `doctor` asks."""
+"""In the order of the ports, as `doctor` asks."""

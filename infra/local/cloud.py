@@ -162,5 +162,7 @@ def _exported(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _make_bucket() -> None:
     client = storage.Client(project=PROJECT)
-    client.create_bucket(BUCKET)
+    bucket = client.bucket(BUCKET)
+    bucket.iam_configuration.uniform_bucket_level_access_enabled = True
+    client.create_bucket(bucket)
     client.close()

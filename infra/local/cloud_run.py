@@ -11,11 +11,12 @@ from pathlib import Path
 
 import grpc
 from google.cloud import run_v2
+from google.iam.v1 import iam_policy_pb2  # type: ignore[import-untyped]  # it ships no types
 from google.longrunning import operations_pb2
 
 from dispatcher.errors import Unavailable
 from dispatcher.runner import EXPORTER, Execution, ProcessRunner
-from infra.local.rpc import abort, method
+from infra.local.rpc import abort, deny, method
 from infra.local.servers import HOST, STOP_SECONDS
 
 IMAGE_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH")
@@ -26,7 +27,8 @@ _CALLS_AT_ONCE = 32
 _LOOK_SECONDS = 0.05
 """How often a held call looks whether its caller is still there."""
 
-Request = run_v2.RunJobRequest | run_v2.CancelExecutionRequest | run_v2.GetExecutionRequest
+Request = run_v2.RunJobRequest | run_v2.GetJobRequest | run_v2.CancelExecutionRequest | run_v2.GetExecutionRequest
+"""Besides `iam_policy_pb2.TestIamPermissionsRequest`, which has no type."""
 
 
 class LocalCloudRun:
@@ -67,7 +69,11 @@ class LocalCloudRun:
         self.hung_up = threading.Event()
         """Set when a caller of RunJob has hung up before anything was started."""
         self.gate.set()
+        self.denied: set[str] = set()
+        """The permissions that callers lack."""
         self._short_name = job
+        self._max_retries = max_retries
+        self._variables = dict(environment)
         image = {name: os.environ[name] for name in IMAGE_VARIABLES if name in os.environ}
         self._processes = ProcessRunner(
             log_dir,
@@ -130,7 +136,15 @@ class LocalCloudRun:
 
     def _services(self) -> tuple[grpc.GenericRpcHandler, ...]:
         operation = operations_pb2.Operation.SerializeToString
-        jobs = {"RunJob": method(self._run_job, run_v2.RunJobRequest, operation)}
+        jobs = {
+            "RunJob": method(self._run_job, run_v2.RunJobRequest, operation),
+            "GetJob": method(self._get_job, run_v2.GetJobRequest, run_v2.Job.serialize),
+            "TestIamPermissions": grpc.unary_unary_rpc_method_handler(
+                self._test_permissions,
+                request_deserializer=iam_policy_pb2.TestIamPermissionsRequest.FromString,
+                response_serializer=iam_policy_pb2.TestIamPermissionsResponse.SerializeToString,
+            ),
+        }
         executions = {
             "CancelExecution": method(self._cancel, run_v2.CancelExecutionRequest, operation),
             "GetExecution": method(self._get, run_v2.GetExecutionRequest, run_v2.Execution.serialize),
@@ -141,9 +155,9 @@ class LocalCloudRun:
         )
 
     def _run_job(self, request: run_v2.RunJobRequest, context: grpc.ServicerContext) -> operations_pb2.Operation:
-        self._receive(request, context)
-        if request.name != self.job:
-            abort(context, grpc.StatusCode.NOT_FOUND, f"Resource '{request.name}' of kind 'JOB' does not exist.")
+        overridden = ["run.jobs.runWithOverrides"] if "overrides" in request else []
+        self._receive(request, context, "run.jobs.run", *overridden)
+        self._of_the_job(request.name, context)
         overrides = list(request.overrides.container_overrides)
         if len(overrides) > 1:
             abort(context, grpc.StatusCode.INVALID_ARGUMENT, "The job has one container.")
@@ -169,10 +183,25 @@ class LocalCloudRun:
             abort(context, grpc.StatusCode.UNAVAILABLE, "The answer was lost.")
         return self._operation(name)
 
+    def _get_job(self, request: run_v2.GetJobRequest, context: grpc.ServicerContext) -> run_v2.Job:
+        self._receive(request, context, "run.jobs.get")
+        self._of_the_job(request.name, context)
+        variables = [run_v2.EnvVar(name=name, value=value) for name, value in self._variables.items()]
+        task = run_v2.TaskTemplate(containers=[run_v2.Container(env=variables)], max_retries=self._max_retries)
+        return run_v2.Job(name=self.job, template=run_v2.ExecutionTemplate(task_count=1, template=task))
+
+    def _test_permissions(
+        self, request: iam_policy_pb2.TestIamPermissionsRequest, context: grpc.ServicerContext
+    ) -> iam_policy_pb2.TestIamPermissionsResponse:
+        self._receive(request, context)
+        # Of what is not there, IAM says that nobody may do anything with it.
+        held = set(request.permissions) - self.denied if request.resource == self.job else set()
+        return iam_policy_pb2.TestIamPermissionsResponse(permissions=sorted(held))
+
     def _cancel(
         self, request: run_v2.CancelExecutionRequest, context: grpc.ServicerContext
     ) -> operations_pb2.Operation:
-        self._receive(request, context)
+        self._receive(request, context, "run.executions.cancel")
         name = self._known(request.name, context)
         if self.wait(name, 0) is not None:
             abort(context, grpc.StatusCode.FAILED_PRECONDITION, "The execution has ended.")
@@ -182,15 +211,22 @@ class LocalCloudRun:
         return self._operation(name)
 
     def _get(self, request: run_v2.GetExecutionRequest, context: grpc.ServicerContext) -> run_v2.Execution:
-        self._receive(request, context)
+        self._receive(request, context, "run.executions.get")
         return self._described(self._known(request.name, context))
 
-    def _receive(self, request: Request, context: grpc.ServicerContext) -> None:
+    def _of_the_job(self, name: str, context: grpc.ServicerContext) -> None:
+        if name != self.job:
+            abort(context, grpc.StatusCode.NOT_FOUND, f"Resource '{name}' of kind 'JOB' does not exist.")
+
+    def _receive(self, request: Request, context: grpc.ServicerContext, *permissions: str) -> None:
+        """Note a call, and refuse it if it is to be refused, or if its caller lacks a permission."""
         with self._lock:
             self.requests.append(request)
             refusal = self._refusals.popleft() if self._refusals else None
         if refusal is not None:
             abort(context, refusal, "Refused, as a test wants it.")
+        for permission in sorted(self.denied.intersection(permissions)):
+            deny(context, permission, self.job)
 
     def _known(self, full_name: str, context: grpc.ServicerContext) -> str:
         parent, _, name = full_name.rpartition("/executions/")

@@ -102,6 +102,11 @@ class _HubHandler(_Handler):
             return self._answer(HTTPStatus.UNAUTHORIZED, {"X-Error-Message": _INVALID})
         if hub.expired and authorization:
             return self._answer(HTTPStatus.UNAUTHORIZED, {"X-Error-Message": 'User Access Token "ann" is expired'})
+        if path == "/api/whoami-v2":
+            if authorization is None:
+                return self._answer(HTTPStatus.UNAUTHORIZED, {"X-Error-Message": _INVALID})
+            name = "eve" if authorization == f"Bearer {OTHER_TOKEN}" else "ann"
+            return self._answer(HTTPStatus.OK, content=json.dumps({"type": "user", "name": name}).encode())
         for old, new in hub.renamed.items():
             if f"/{old}/" in f"{path}/":
                 moved = self.path.replace(old, new, 1)

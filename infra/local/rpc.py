@@ -1,4 +1,4 @@
-"""What the local gRPC servers share: a method of a service, and the refusal of a call."""
+"""What the local gRPC servers share: a method of a service, and the refusals of a call."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -23,3 +23,9 @@ def abort(context: grpc.ServicerContext, status: grpc.StatusCode, details: str) 
     """End the call with this status."""
     context.abort(status, details)
     raise AssertionError("gRPC's abort always raises")
+
+
+def deny(context: grpc.ServicerContext, permission: str, resource: str) -> NoReturn:
+    """End the call as IAM does, which looks for no resource before it has looked at the permission."""
+    details = f"Permission '{permission}' denied on resource '{resource}' (or it may not exist)."
+    abort(context, grpc.StatusCode.PERMISSION_DENIED, details)

@@ -15,7 +15,7 @@ import grpc
 from google.cloud import secretmanager as api
 from google.protobuf import empty_pb2
 
-from infra.local.rpc import abort, method
+from infra.local.rpc import abort, deny, method
 from infra.local.servers import HOST
 
 NUMBER = "123456789012"
@@ -34,6 +34,16 @@ Request = (
     | api.DisableSecretVersionRequest
     | api.DestroySecretVersionRequest
 )
+_PERMISSIONS: dict[type, str] = {
+    api.CreateSecretRequest: "secretmanager.secrets.create",
+    api.GetSecretRequest: "secretmanager.secrets.get",
+    api.UpdateSecretRequest: "secretmanager.secrets.update",
+    api.DeleteSecretRequest: "secretmanager.secrets.delete",
+    api.AddSecretVersionRequest: "secretmanager.versions.add",
+    api.AccessSecretVersionRequest: "secretmanager.versions.access",
+    api.DisableSecretVersionRequest: "secretmanager.versions.disable",
+    api.DestroySecretVersionRequest: "secretmanager.versions.destroy",
+}
 
 
 @dataclass
@@ -61,6 +71,8 @@ class LocalSecretManager:
     def __init__(self, project: str, *, clock: Callable[[], float] = time.time) -> None:
         self.requests: list[Request] = []
         """Every request received, whatever became of it."""
+        self.denied: set[str] = set()
+        """The permissions that callers lack."""
         self._parents = (f"projects/{project}", f"projects/{NUMBER}")
         self._clock = clock
         self._secrets: dict[str, _Secret] = {}
@@ -212,6 +224,8 @@ class LocalSecretManager:
                 status, _ = self._refusals.popleft()
                 if status is not None:
                     abort(context, status, "Refused, as a test wants it.")
+            if (permission := _PERMISSIONS[type(request)]) in self.denied:
+                deny(context, permission, self._parents[0])
             self._expire()
             yield
 

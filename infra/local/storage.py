@@ -1,6 +1,7 @@
 """Cloud Storage on this machine: fake-gcs-server, behind a proxy that adds what the real service does and it lacks.
 
-That is: preconditions, lost answers of resumable uploads, checksums; and for tests and benches, faults and a speed.
+That is: preconditions, lost answers of resumable uploads, checksums, what is set of a bucket; and for tests and
+benches, faults and a speed.
 Source: https://cloud.google.com/storage/docs/request-preconditions
 """
 
@@ -13,10 +14,11 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 from requests.structures import CaseInsensitiveDict
@@ -30,6 +32,7 @@ from infra.local.servers import HOST, fake_gcs, in_thread
 from infra.local.uploads import Answer, Session, Upload, generation_in, multipart_fault, refusal
 
 _HOP_BY_HOP = frozenset({"connection", "content-length", "date", "keep-alive", "transfer-encoding"})
+_BUCKET = re.compile(r"/storage/v1/b/([^/]+)")
 _OBJECT = re.compile(r"(?:/download)?(/storage/v1/b/[^/]+/o/[^/]+)")
 _COMPOSED = re.compile(r"(/storage/v1/b/[^/]+/o/)[^/]+/compose")
 _UPLOADS = re.compile(r"(?:/resumable)?/upload/storage/v1/b/([^/]+)/o")
@@ -75,6 +78,7 @@ class StorageProxy(ThreadingHTTPServer):
         self.requests: list[tuple[str, str, int]] = []
         self._faults = Faults()
         self._sessions: dict[str, Session] = {}
+        self._buckets: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
         self._composing = threading.Lock()
 
@@ -109,6 +113,10 @@ class StorageProxy(ThreadingHTTPServer):
             return session.cancel() if request.method == "DELETE" else session.put(request.headers, request.body)
         if (composed := _COMPOSED.fullmatch(request.path)) and request.method == "POST":
             return self._composed(request, composed[1], wanted)
+        if request.path == "/storage/v1/b" and request.method == "POST":
+            return self._described(request, json.loads(request.body)["name"])
+        if (bucket := _BUCKET.fullmatch(request.path)) and request.method in ("GET", "PATCH"):
+            return self._described(request, bucket[1])
         uploads, named = _UPLOADS.fullmatch(request.path), _OBJECT.fullmatch(request.path)
         if uploads and request.method == "POST" and request.query("uploadType") == "resumable":
             return self._initiated(request, uploads[1], wanted)
@@ -122,6 +130,16 @@ class StorageProxy(ThreadingHTTPServer):
         # Told by the answer itself, so that nothing can be replaced between check and read.
         there = answer.headers.get("X-Goog-Generation") or generation_in(answer.body)
         return _REFUSED if answer.status < HTTPStatus.BAD_REQUEST and there != wanted else answer
+
+    def _described(self, request: Request, bucket: str) -> Answer:
+        """A bucket with all that was set of it since we came up; fake-gcs-server keeps its name."""
+        answer = self._forwarded(request)
+        if answer.status != HTTPStatus.OK:
+            return answer
+        with self._lock:
+            kept = self._buckets.setdefault(bucket, {})
+            kept.update(json.loads(request.body or b"{}"))
+            return replace(answer, body=json.dumps({**json.loads(answer.body), **kept}).encode())
 
     def _initiated(self, request: Request, bucket: str, wanted: str | None) -> Answer:
         metadata = json.loads(request.body or b"{}")
