@@ -178,7 +178,7 @@ def _verdict(check: Check) -> Verdict:
     except ExportError as error:
         return verdict_of(error)
     except Exception as error:  # noqa: BLE001  # the entry point of a thread: the other checks are still to be asked
-        return Verdict(Outcome.UNKNOWN, "check_failed", f"a fault of doctor's own: {type(error).__name__}: {error}")
+        return Verdict(Outcome.WRONG, "check_failed", f"a fault of doctor's own: {type(error).__name__}: {error}")
 
 
 def _skipped(why: str) -> Verdict:

@@ -42,3 +42,13 @@ output "build" {
     "--substitutions=_REGION=${var.region},_VARIANT=${var.gpu ? "gpu" : "cpu"}",
   ])
 }
+
+output "doctor" {
+  description = "Asks whether all of it is there, with the credentials at hand; `--as exporter` and the like come after it."
+  value = join(" ", concat(
+    ["env"],
+    [for name, value in merge(local.function_settings, local.exporter_settings) : "${name}='${value}'"],
+    ["gemma-export doctor"],
+    [for place in local.adapter_places : "--adapters 'gs://${place.bucket}/${place.prefix}'"],
+  ))
+}

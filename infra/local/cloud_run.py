@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grpc
 from google.cloud import run_v2
-from google.iam.v1 import iam_policy_pb2  # type: ignore[import-untyped]  # it ships no types
+from google.iam.v1 import iam_policy_pb2
 from google.longrunning import operations_pb2
 
 from dispatcher.errors import Unavailable

@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 from google.cloud.firestore_v1 import types
-from google.iam.v1 import iam_policy_pb2  # type: ignore[import-untyped]  # it ships no types
+from google.iam.v1 import iam_policy_pb2
 
 from infra.local.rpc import abort, deny
 from infra.local.servers import HOST
