@@ -95,8 +95,8 @@ def test_what_never_ends_is_said_to_be_late_and_everything_else_is_told_in_order
     assert closed.wait(5)
 
 
-def test_a_probe_that_breaks_is_no_fault_of_the_deployment_and_ends_nothing() -> None:
-    """A fault of doctor's own: it cannot tell, and the connection is closed all the same."""
+def test_a_probe_that_breaks_never_looks_like_a_sound_deployment_and_ends_nothing() -> None:
+    """A fault of doctor's own is one too, and the connection is closed all the same."""
 
     def broken() -> Verdict:
         raise ZeroDivisionError("nothing by nothing")
@@ -109,8 +109,8 @@ def test_a_probe_that_breaks_is_no_fault_of_the_deployment_and_ends_nothing() ->
     found = list(examined([Group(checks, lambda: closed.append(True))]))
     assert codes(found) == ["check_failed", "permission_denied", "not_asked"]
     assert "nothing by nothing" in found[0].told()
-    assert [finding.is_fault for finding in found] == [False, True, False]
-    assert summary(found) == "0 ok, 1 MISSING, 0 WRONG, 2 cannot tell"
+    assert [finding.is_fault for finding in found] == [True, True, False]
+    assert summary(found) == "0 ok, 1 MISSING, 1 WRONG, 1 cannot tell"
 
 
 def test_nothing_that_looks_like_a_secret_is_told() -> None:
