@@ -17,7 +17,7 @@ resource "google_logging_metric" "failed_exports" {
 
     labels {
       key        = "retryable"
-      value_type = "BOOL"
+      value_type = "STRING"
     }
   }
 
@@ -29,16 +29,41 @@ resource "google_logging_metric" "failed_exports" {
   depends_on = [google_project_service.used]
 }
 
-resource "google_logging_metric" "swept" {
+locals {
+  swept = "resource.type=\"cloud_run_revision\" AND jsonPayload.event=\"swept\""
+}
+
+# What is too much is counted, and not read off a distribution, whose percentiles are estimates.
+resource "google_logging_metric" "sweeps" {
+  for_each = {
+    sweeps        = { filter = local.swept, description = "Sweeps that went through the records." }
+    stuck_leases  = { filter = "${local.swept} AND jsonPayload.stuck_leases>0", description = "Those that found an export whose holder died half an hour ago, and that nobody took back." }
+    oldest_queued = { filter = "${local.swept} AND jsonPayload.oldest_queued_seconds>${var.oldest_queued_minutes * 60}", description = "Those that found an export that has waited for too long for an execution." }
+  }
+
+  name        = "gemma-export/${each.key}"
+  description = each.value.description
+  filter      = each.value.filter
+
+  metric_descriptor {
+    metric_kind = "DELTA"
+    value_type  = "INT64"
+    unit        = "1"
+  }
+
+  depends_on = [google_project_service.used]
+}
+
+# To look at.
+resource "google_logging_metric" "backlog" {
   for_each = {
     unfinished            = { unit = "1", description = "Exports that a sweep found unfinished." }
     oldest_queued_seconds = { unit = "s", description = "How long the export that waits longest has waited for an execution." }
-    stuck_leases          = { unit = "1", description = "Exports whose holder died half an hour ago, and that nobody took back." }
   }
 
   name            = "gemma-export/${each.key}"
   description     = each.value.description
-  filter          = "resource.type=\"cloud_run_revision\" AND jsonPayload.event=\"swept\""
+  filter          = local.swept
   value_extractor = "EXTRACT(jsonPayload.${each.key})"
 
   metric_descriptor {
@@ -71,71 +96,57 @@ resource "google_monitoring_notification_channel" "email" {
 locals {
   channels = concat(var.notification_channels, [for channel in google_monitoring_notification_channel.email : channel.name])
 
-  # Of each condition: what is looked at, how its points of a window become one, and when that is too much.
+  user_metric = "logging.googleapis.com/user"
+
+  # Of each condition: what is counted, over how many seconds, and how much of it is too much.
   alerts = {
     failed_exports = {
       title = "exports fail"
-      window = {
-        for_all  = "3600s"
-        duration = "0s"
-      }
       conditions = merge(
         {
           for type in ["cloud_run_job", "cloud_run_revision"] :
           "for a passing fault (${type})" => {
-            filter    = "metric.type=\"logging.googleapis.com/user/${google_logging_metric.failed_exports.name}\" AND resource.type=\"${type}\" AND metric.labels.retryable=\"true\""
-            aligner   = "ALIGN_DELTA"
-            threshold = 0
+            filter  = "metric.type=\"${local.user_metric}/${google_logging_metric.failed_exports.name}\" AND resource.type=\"${type}\" AND metric.labels.retryable=\"true\""
+            seconds = 3600
+            most    = 0
           }
         },
         {
           "whatever the reason" = {
-            filter    = "metric.type=\"logging.googleapis.com/user/${google_logging_metric.failed_exports.name}\" AND resource.type=\"cloud_run_job\""
-            aligner   = "ALIGN_DELTA"
-            threshold = var.failed_exports_per_hour - 1
+            filter  = "metric.type=\"${local.user_metric}/${google_logging_metric.failed_exports.name}\" AND resource.type=\"cloud_run_job\""
+            seconds = 3600
+            most    = var.failed_exports_per_hour - 1
           }
         },
       )
     }
     dead_letters = {
       title = "messages are dead letters"
-      window = {
-        for_all  = "600s"
-        duration = "0s"
-      }
       conditions = {
         "of job messages" = {
-          filter    = "metric.type=\"pubsub.googleapis.com/subscription/dead_letter_message_count\" AND resource.type=\"pubsub_subscription\" AND resource.labels.subscription_id=\"${google_pubsub_subscription.start.name}\""
-          aligner   = "ALIGN_DELTA"
-          threshold = 0
+          filter  = "metric.type=\"pubsub.googleapis.com/subscription/dead_letter_message_count\" AND resource.type=\"pubsub_subscription\" AND resource.labels.subscription_id=\"${google_pubsub_subscription.start.name}\""
+          seconds = 600
+          most    = 0
         }
       }
     }
     stuck_leases = {
       title = "leases are stuck"
-      window = {
-        for_all  = "600s"
-        duration = "0s"
-      }
       conditions = {
         "after half an hour" = {
-          filter    = "metric.type=\"logging.googleapis.com/user/${google_logging_metric.swept["stuck_leases"].name}\" AND resource.type=\"cloud_run_revision\""
-          aligner   = "ALIGN_PERCENTILE_99"
-          threshold = 0
+          filter  = "metric.type=\"${local.user_metric}/${google_logging_metric.sweeps["stuck_leases"].name}\" AND resource.type=\"cloud_run_revision\""
+          seconds = 600
+          most    = 0
         }
       }
     }
     oldest_queued = {
       title = "exports wait for too long"
-      window = {
-        for_all  = "600s"
-        duration = "0s"
-      }
       conditions = {
         "for an execution" = {
-          filter    = "metric.type=\"logging.googleapis.com/user/${google_logging_metric.swept["oldest_queued_seconds"].name}\" AND resource.type=\"cloud_run_revision\""
-          aligner   = "ALIGN_PERCENTILE_99"
-          threshold = var.oldest_queued_minutes * 60
+          filter  = "metric.type=\"${local.user_metric}/${google_logging_metric.sweeps["oldest_queued"].name}\" AND resource.type=\"cloud_run_revision\""
+          seconds = 600
+          most    = 0
         }
       }
     }
@@ -159,13 +170,13 @@ resource "google_monitoring_alert_policy" "threshold" {
       condition_threshold {
         filter          = conditions.value.filter
         comparison      = "COMPARISON_GT"
-        threshold_value = conditions.value.threshold
-        duration        = each.value.window.duration
+        threshold_value = conditions.value.most
+        duration        = "0s"
 
         aggregations {
-          alignment_period     = each.value.window.for_all
-          per_series_aligner   = conditions.value.aligner
-          cross_series_reducer = conditions.value.aligner == "ALIGN_DELTA" ? "REDUCE_SUM" : "REDUCE_MAX"
+          alignment_period     = "${conditions.value.seconds}s"
+          per_series_aligner   = "ALIGN_DELTA"
+          cross_series_reducer = "REDUCE_SUM"
         }
       }
     }
@@ -192,7 +203,7 @@ resource "google_monitoring_alert_policy" "no_sweep" {
     display_name = "for half an hour"
 
     condition_absent {
-      filter   = "metric.type=\"logging.googleapis.com/user/${google_logging_metric.swept["unfinished"].name}\" AND resource.type=\"cloud_run_revision\""
+      filter   = "metric.type=\"${local.user_metric}/${google_logging_metric.sweeps["sweeps"].name}\" AND resource.type=\"cloud_run_revision\""
       duration = "1800s"
 
       aggregations {

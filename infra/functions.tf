@@ -1,4 +1,7 @@
 locals {
+  # As many as dispatcher/Dockerfile gives a server: more would queue in it, unseen by Cloud Run.
+  threads = 16
+
   # One image, four functions. Only the gateway comes from outside of what Cloud Run calls internal.
   functions = {
     export_api = {
@@ -8,7 +11,7 @@ locals {
       invoker     = google_service_account.invoker["gateway"].member
       ingress     = "INGRESS_TRAFFIC_ALL"
       instances   = var.max_instances
-      concurrency = 40
+      concurrency = local.threads
       seconds     = 120
     }
     start_export = {
@@ -18,7 +21,7 @@ locals {
       invoker     = google_service_account.invoker["push"].member
       ingress     = "INGRESS_TRAFFIC_INTERNAL_ONLY"
       instances   = var.max_instances
-      concurrency = 20
+      concurrency = local.threads
       seconds     = local.push_seconds
     }
     fail_export = {
@@ -28,7 +31,7 @@ locals {
       invoker     = google_service_account.invoker["push"].member
       ingress     = "INGRESS_TRAFFIC_INTERNAL_ONLY"
       instances   = var.max_instances
-      concurrency = 20
+      concurrency = local.threads
       seconds     = local.push_seconds
     }
     sweep = {

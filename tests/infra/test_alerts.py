@@ -16,7 +16,6 @@ from dispatcher import logs
 from dispatcher.contract import JobMessage
 from dispatcher.sqlite_records import SqliteRecords
 from dispatcher.sweep import swept
-from dispatcher.watched import Backlog
 from tests.dispatcher.world import World
 from tests.exporter.exporting import training_document
 from tests.infra.conftest import Find
@@ -24,13 +23,18 @@ from tests.terraform.running import INFRA, Resource
 
 JOB, FUNCTION = "cloud_run_job", "cloud_run_revision"
 MESSAGE = JobMessage(job_id="job", export_id="job.merged")
-_TERM = re.compile(r'(resource\.type|jsonPayload\.\w+)=(?:"(\w+)"|\(("\w+"(?: OR "\w+")*)\))')
+_EQUALS = re.compile(r'(resource\.type|jsonPayload\.\w+)=(?:"(\w+)"|\(("\w+"(?: OR "\w+")*)\))')
+_EXCEEDS = re.compile(r"jsonPayload\.(\w+)>(\d+)")
 
 
 def matches(filter: str, resource_type: str, line: dict[str, Any]) -> bool:
     """Whether Cloud Logging's filter takes a line; what is in none of ours is refused."""
     for term in filter.split(" AND "):
-        match = _TERM.fullmatch(term)
+        if exceeds := _EXCEEDS.fullmatch(term):
+            if not line[exceeds[1]] > int(exceeds[2]):
+                return False
+            continue
+        match = _EQUALS.fullmatch(term)
         assert match, f"an unknown term: {term}"
         field, one, several = match.groups()
         found = resource_type if field == "resource.type" else line.get(field.removeprefix("jsonPayload."))
@@ -95,38 +99,51 @@ def test_an_export_that_the_dispatcher_gives_up_is_counted(find: Find, world: Wo
     assert labels == [{"code": "could_not_start", "retryable": True}]
 
 
-@pytest.mark.parametrize(
-    ("key", "seconds", "value"),
-    [("unfinished", 0, 1), ("oldest_queued_seconds", 900, 900), ("stuck_leases", 3 * 3600, 1)],
-)
-def test_what_a_sweep_finds_is_measured(
-    find: Find, world: World, logged: io.StringIO, key: str, seconds: int, value: int
-) -> None:
-    """One that waits, for how long, and one whose holder is long dead."""
+def a_sweep(world: World, logged: io.StringIO, *, launched: bool, seconds: int) -> dict[str, Any]:
+    """What a sweep logs of an export that waits, or whose launch has come to nothing, for so many seconds."""
     world.job()
-    if key == "stuck_leases":
+    if launched:
         world.launched()
     else:
         world.submit()
     world.clock.pass_seconds(seconds)
     swept(world.trigger, world.collector)
-    metric = find(f'google_logging_metric.swept["{key}"]').values
-    (line,) = (line for line in lines(logged) if matches(metric["filter"], FUNCTION, line))
-    assert extracted(metric["value_extractor"], line) == value
-    assert not matches(metric["filter"], JOB, line)
+    (line,) = (line for line in lines(logged) if line.get("event") == "swept")
+    return line
 
 
-def test_each_number_of_a_sweep_is_a_metric(plan: list[Resource]) -> None:
-    """And no other."""
-    metrics = {each.key for each in plan if each.address == "google_logging_metric.swept"}
-    assert metrics == vars(Backlog()).keys()
+@pytest.mark.parametrize(
+    ("launched", "seconds", "counted"),
+    [
+        (False, 1800, {"sweeps"}),
+        (False, 1801, {"sweeps", "oldest_queued"}),
+        (True, 120 + 1799, {"sweeps"}),
+        (True, 120 + 1800, {"sweeps", "stuck_leases"}),
+    ],
+)
+def test_a_sweep_is_counted_and_what_it_finds_too_late(
+    plan: list[Resource], world: World, logged: io.StringIO, launched: bool, seconds: int, counted: set[str]
+) -> None:
+    """An export that has waited for half an hour, or whose holder died then."""
+    line = a_sweep(world, logged, launched=launched, seconds=seconds)
+    metrics = {each.key: each.values["filter"] for each in plan if each.address == "google_logging_metric.sweeps"}
+    assert {key for key, filter in metrics.items() if matches(filter, FUNCTION, line)} == counted
+    assert not any(matches(filter, JOB, line) for filter in metrics.values())
+
+
+def test_the_backlog_is_measured(plan: list[Resource], world: World, logged: io.StringIO) -> None:
+    """How many exports wait, and for how long."""
+    line = a_sweep(world, logged, launched=False, seconds=900)
+    metrics = {each.key: each.values for each in plan if each.address == "google_logging_metric.backlog"}
+    assert all(matches(metric["filter"], FUNCTION, line) for metric in metrics.values())
+    found = {key: extracted(metric["value_extractor"], line) for key, metric in metrics.items()}
+    assert found == {"unfinished": 1, "oldest_queued_seconds": 900}
 
 
 def test_each_alert_looks_at_what_there_is(plan: list[Resource]) -> None:
-    """At a metric of ours, or at Pub/Sub's own of the subscription that starts exports."""
-    ours = {
-        f"logging.googleapis.com/user/{each.values['name']}" for each in plan if each.kind == "google_logging_metric"
-    }
+    """Every count of ours, and Pub/Sub's own of the subscription that starts exports."""
+    counting = ("google_logging_metric.failed_exports", "google_logging_metric.sweeps")
+    counted = {f"logging.googleapis.com/user/{each.values['name']}" for each in plan if each.address in counting}
     policies = [each for each in plan if each.kind == "google_monitoring_alert_policy"]
     conditions = [condition for each in policies for condition in each.values["conditions"]]
     looked_at = []
@@ -136,8 +153,7 @@ def test_each_alert_looks_at_what_there_is(plan: list[Resource]) -> None:
         assert match
         looked_at.append(match.groups())
     dead_letters = "pubsub.googleapis.com/subscription/dead_letter_message_count"
-    assert {metric for metric, _ in looked_at} <= ours | {dead_letters}
-    assert {metric for metric, _ in looked_at} >= {dead_letters, *(name for name in ours)}
+    assert {metric for metric, _ in looked_at} == counted | {dead_letters}
     assert {kind for _, kind in looked_at} == {JOB, FUNCTION, "pubsub_subscription"}
 
 
