@@ -16,14 +16,13 @@ from google.longrunning import operations_pb2
 
 from dispatcher.errors import Unavailable
 from dispatcher.runner import EXPORTER, Execution, ProcessRunner
-from infra.local.rpc import abort, deny, method
+from infra.local.rpc import CALLS_AT_ONCE, abort, deny, method
 from infra.local.servers import HOST, STOP_SECONDS
 
 IMAGE_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH")
 """All that a task gets of this process's environment; in the cloud its container image brings these."""
 MAX_TASKS = 10_000
 """https://cloud.google.com/run/quotas"""
-_CALLS_AT_ONCE = 32
 _LOOK_SECONDS = 0.05
 """How often a held call looks whether its caller is still there."""
 
@@ -119,7 +118,7 @@ class LocalCloudRun:
     @contextmanager
     def serving(self) -> Iterator[str]:
         """Listen on a free port and yield `host:port`; at the end, end every execution too."""
-        with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
+        with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
             server = grpc.server(pool, options=[("grpc.so_reuseport", 0)])
             server.add_generic_rpc_handlers(self._services())
             port = server.add_insecure_port(f"{HOST}:0")

@@ -1,9 +1,29 @@
-"""What the local gRPC servers share: a method of a service, and the refusals of a call."""
+"""What the local gRPC servers share: a server on a free port, a method of a service, and the refusals of a call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import grpc
+
+from infra.local.servers import HOST
+
+CALLS_AT_ONCE = 32
+
+
+@contextmanager
+def serving(*services: grpc.GenericRpcHandler) -> Iterator[str]:
+    """A server on a free port, in threads of this process; yields its `host:port`."""
+    with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
+        server = grpc.server(pool, options=[("grpc.so_reuseport", 0)])
+        server.add_generic_rpc_handlers(services)
+        port = server.add_insecure_port(f"{HOST}:0")
+        server.start()
+        try:
+            yield f"{HOST}:{port}"
+        finally:
+            server.stop(grace=None).wait()
 
 
 def method(answer: Callable[..., object], request: Any, serializer: Callable[..., bytes]) -> grpc.RpcMethodHandler:

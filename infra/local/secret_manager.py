@@ -5,7 +5,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,14 +14,12 @@ import grpc
 from google.cloud import secretmanager as api
 from google.protobuf import empty_pb2
 
-from infra.local.rpc import abort, deny, method
-from infra.local.servers import HOST
+from infra.local.rpc import abort, deny, method, serving
 
 NUMBER = "123456789012"
 """The project's number, which Secret Manager puts into every name it answers, whatever it was asked with."""
 _State = api.SecretVersion.State
 _SECRET_ID = re.compile(r"[A-Za-z0-9_-]{1,255}")
-_CALLS_AT_ONCE = 16
 
 Request = (
     api.CreateSecretRequest
@@ -111,15 +108,8 @@ class LocalSecretManager:
     @contextmanager
     def serving(self) -> Iterator[str]:
         """Listen on a free port and yield `host:port`."""
-        with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
-            server = grpc.server(pool, options=[("grpc.so_reuseport", 0)])
-            server.add_generic_rpc_handlers((self._service(),))
-            port = server.add_insecure_port(f"{HOST}:0")
-            server.start()
-            try:
-                yield f"{HOST}:{port}"
-            finally:
-                server.stop(grace=None).wait()
+        with serving(self._service()) as address:
+            yield address
 
     def _service(self) -> grpc.GenericRpcHandler:
         secret, version = api.Secret.serialize, api.SecretVersion.serialize

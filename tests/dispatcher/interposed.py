@@ -6,7 +6,6 @@ https://cloud.google.com/firestore/docs/security/iam
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +14,7 @@ import grpc
 from google.cloud.firestore_v1 import types
 from google.iam.v1 import iam_policy_pb2
 
-from infra.local.rpc import abort, deny
-from infra.local.servers import HOST
+from infra.local.rpc import abort, deny, serving
 
 FIRESTORE = "/google.firestore.v1.Firestore/"
 TEST_PERMISSIONS = "/google.iam.v1.IAMPolicy/TestIamPermissions"
@@ -44,15 +42,8 @@ class Iam:
 def interposed(upstream: str) -> Iterator[Iam]:
     """A server on a free port in front of the one at `upstream`, `host:port`; nothing is denied at first."""
     iam = Iam()
-    with ThreadPoolExecutor(16) as pool, grpc.insecure_channel(upstream) as channel:
-        server = grpc.server(pool, options=[("grpc.so_reuseport", 0)])
-        server.add_generic_rpc_handlers((_Handler(iam, channel),))
-        iam.address = f"{HOST}:{server.add_insecure_port(f'{HOST}:0')}"
-        server.start()
-        try:
-            yield iam
-        finally:
-            server.stop(grace=None).wait()
+    with grpc.insecure_channel(upstream) as channel, serving(_Handler(iam, channel)) as iam.address:
+        yield iam
 
 
 class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]  # it has no types

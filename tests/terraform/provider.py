@@ -9,7 +9,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import grpc
 import msgpack
 
-from infra.local.servers import HOST
+from infra.local.rpc import serving
 from tests.terraform.protocol import MESSAGES, METHODS, PACKAGE
 
 PROJECT_NUMBER = "123456789012"
@@ -36,22 +35,8 @@ class StandIn:
         self._schema = SCHEMA[name]
         self._project = ""
 
-    @contextmanager
-    def serving(self) -> Iterator[str]:
-        """Listen on a free port and yield `host:port`."""
-        with ThreadPoolExecutor(16) as pool:
-            server = grpc.server(
-                pool, options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20)]
-            )
-            server.add_generic_rpc_handlers((self._service(),))
-            port = server.add_insecure_port(f"{HOST}:0")
-            server.start()
-            try:
-                yield f"{HOST}:{port}"
-            finally:
-                server.stop(grace=None).wait()
-
-    def _service(self) -> grpc.GenericRpcHandler:
+    def service(self) -> grpc.GenericRpcHandler:
+        """What it answers."""
         answers: dict[str, Callable[[Any], Any]] = {
             "GetProviderSchema": self._schemas,
             "ConfigureProvider": self._configure,
@@ -130,7 +115,7 @@ def providers() -> Iterator[str]:
 
     Source: https://developer.hashicorp.com/terraform/plugin/debugging
     """
-    with StandIn("google").serving() as ga, StandIn("google-beta").serving() as beta:
+    with serving(StandIn("google").service()) as ga, serving(StandIn("google-beta").service()) as beta:
         addresses = {"google": ga, "google-beta": beta}
         yield json.dumps(
             {
