@@ -10,7 +10,7 @@ UNSLOTH_READY := $(UNSLOTH_VENV)/.ready
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: setup demo demo-cloud test test-full test-unsloth matrix lint openapi bench chaos fuzz clean
+.PHONY: setup demo demo-cloud test test-full test-unsloth matrix lint openapi images locks bench chaos fuzz clean
 
 setup: $(READY)
 
@@ -62,11 +62,22 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/check-jsonschema --builtin-schema vendor.cloudbuild cloudbuild.yaml
+	$(BIN)/hadolint --config .hadolint.yaml dispatcher/Dockerfile exporter/Dockerfile
 	$(BIN)/python -m infra.openapi --check
+	$(BIN)/python -m infra.locks --check
 
 # What the API gateway is told, from the contract; `make lint` fails while the two differ.
 openapi: setup
 	$(BIN)/python -m infra.openapi
+
+# Both Dockerfiles' own commands in a fresh directory, without Docker; then what they made is started.
+images: setup
+	$(BIN)/python -m infra.images
+
+# The images' dependencies with their hashes, from the pins in pyproject.toml; `make lint` fails while the two differ.
+locks: setup
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[locks]"
+	$(BIN)/python -m infra.locks
 
 # Each parser of what strangers wrote gets so many seconds; what is found stays in .fuzz.
 FUZZ_SECONDS ?= 600
