@@ -116,6 +116,8 @@ def test_the_schema_is_that_of_the_pinned_providers() -> None:
     """Extracted anew when the pin is changed: `python -m tests.terraform.extract`."""
     pinned = dict(re.findall(r'source  = "hashicorp/([\w-]+)"\s+version = "([\d.]+)"', CONFIGURATION))
     assert pinned == {name: told["version"] for name, told in SCHEMA.items()}
+    used = {kind for _, kind in re.findall(r'^(resource|data) "(\w+)"', CONFIGURATION, re.M)}
+    assert used == {kind for told in SCHEMA.values() for block in ("resource", "data") for kind in told[block]}
 
 
 def test_all_variables_are_described_and_have_a_default_and_bounds() -> None:
