@@ -30,6 +30,7 @@ locals {
     TokenKeeper       = ["secretmanager.secrets.update", "secretmanager.versions.add", "secretmanager.versions.destroy"]
     TokenUser         = ["secretmanager.versions.access", "secretmanager.versions.destroy"]
     Signer            = ["iam.serviceAccounts.signBlob"]
+    OperationReader   = ["run.operations.get"]
   }
 }
 
@@ -95,7 +96,7 @@ locals {
 
   # gs://BUCKET/PREFIX, each for whoever reads adapters.
   adapter_places = [
-    for source in concat(["gs://${local.bucket}/adapters"], var.adapter_sources) : {
+    for source in var.adapter_sources : {
       bucket = split("/", source)[2]
       prefix = trimsuffix(join("/", slice(split("/", source), 3, length(split("/", source)))), "/")
     }
@@ -104,11 +105,6 @@ locals {
   adapter_access = {
     for pair in setproduct(["dispatcher", "exporter"], local.adapter_places) :
     "${pair[0]} gs://${pair[1].bucket}/${pair[1].prefix}" => merge(pair[1], { account = pair[0] })
-  }
-
-  adapter_lists = {
-    for pair in setproduct(["dispatcher", "exporter"], distinct(local.adapter_places[*].bucket)) :
-    "${pair[0]} gs://${pair[1]}" => { account = pair[0], bucket = pair[1] } if pair[1] != local.bucket
   }
 }
 
@@ -136,19 +132,26 @@ resource "google_storage_bucket_iam_member" "objects" {
   }
 }
 
-resource "google_storage_bucket_iam_member" "adapter_list" {
-  for_each = local.adapter_lists
+resource "google_storage_bucket_iam_member" "own_adapters" {
+  for_each = toset(["dispatcher", "exporter"])
 
-  bucket = each.value.bucket
-  role   = google_project_iam_custom_role.this["ObjectLister"].id
-  member = google_service_account.runtime[each.value.account].member
+  bucket = google_storage_bucket.artifacts.name
+  role   = google_project_iam_custom_role.this["ObjectReader"].id
+  member = google_service_account.runtime[each.key].member
+
+  condition {
+    title      = "adapters"
+    expression = "resource.name.startsWith(\"projects/_/buckets/${local.bucket}/objects/adapters/\")"
+  }
 }
 
+# A bucket may be of another project, which knows none of our roles. Google's own has the list of names too, which is the
+# bucket's and of no prefix.
 resource "google_storage_bucket_iam_member" "adapters" {
   for_each = local.adapter_access
 
-  bucket = each.value.bucket == local.bucket ? google_storage_bucket.artifacts.name : each.value.bucket
-  role   = google_project_iam_custom_role.this["ObjectReader"].id
+  bucket = each.value.bucket
+  role   = "roles/storage.objectViewer"
   member = google_service_account.runtime[each.value.account].member
 
   dynamic "condition" {
@@ -156,7 +159,7 @@ resource "google_storage_bucket_iam_member" "adapters" {
 
     content {
       title      = "adapters"
-      expression = "resource.name.startsWith(\"projects/_/buckets/${each.value.bucket}/objects/${condition.value}/\")"
+      expression = "resource.type == \"storage.googleapis.com/Bucket\" || resource.name.startsWith(\"projects/_/buckets/${each.value.bucket}/objects/${condition.value}/\")"
     }
   }
 }

@@ -93,6 +93,18 @@ resource "google_monitoring_notification_channel" "email" {
   depends_on = [google_project_service.used]
 }
 
+# A metric can be asked for some minutes after it was made, and a policy that asks before that is refused.
+resource "time_sleep" "metrics" {
+  create_duration = "600s"
+
+  triggers = {
+    names = join(" ", concat(
+      [google_logging_metric.failed_exports.name],
+      [for metric in google_logging_metric.sweeps : metric.name],
+    ))
+  }
+}
+
 locals {
   channels = concat(var.notification_channels, [for channel in google_monitoring_notification_channel.email : channel.name])
 
@@ -191,6 +203,8 @@ resource "google_monitoring_alert_policy" "threshold" {
   alert_strategy {
     auto_close = "86400s"
   }
+
+  depends_on = [time_sleep.metrics]
 }
 
 resource "google_monitoring_alert_policy" "no_sweep" {
@@ -202,12 +216,33 @@ resource "google_monitoring_alert_policy" "no_sweep" {
   conditions {
     display_name = "for half an hour"
 
-    condition_absent {
-      filter   = "metric.type=\"${local.user_metric}/${google_logging_metric.sweeps["sweeps"].name}\" AND resource.type=\"cloud_run_revision\""
-      duration = "1800s"
+    condition_threshold {
+      filter                  = "metric.type=\"${local.user_metric}/${google_logging_metric.sweeps["sweeps"].name}\" AND resource.type=\"cloud_run_revision\""
+      comparison              = "COMPARISON_LT"
+      threshold_value         = 1
+      duration                = "300s"
+      evaluation_missing_data = "EVALUATION_MISSING_DATA_ACTIVE"
 
       aggregations {
-        alignment_period     = "300s"
+        alignment_period     = "1800s"
+        per_series_aligner   = "ALIGN_DELTA"
+        cross_series_reducer = "REDUCE_SUM"
+      }
+    }
+  }
+
+  # The other says nothing where there never was a sweep.
+  conditions {
+    display_name = "since Scheduler is refused"
+
+    condition_threshold {
+      filter          = "metric.type=\"logging.googleapis.com/log_entry_count\" AND resource.type=\"cloud_scheduler_job\" AND resource.labels.job_id=\"${google_cloud_scheduler_job.sweep.name}\" AND metric.labels.severity=\"ERROR\""
+      comparison      = "COMPARISON_GT"
+      threshold_value = 2
+      duration        = "0s"
+
+      aggregations {
+        alignment_period     = "1800s"
         per_series_aligner   = "ALIGN_DELTA"
         cross_series_reducer = "REDUCE_SUM"
       }
@@ -223,13 +258,26 @@ resource "google_monitoring_alert_policy" "no_sweep" {
   alert_strategy {
     auto_close = "86400s"
   }
+
+  depends_on = [time_sleep.metrics]
+}
+
+check "somebody_is_told" {
+  assert {
+    condition     = length(local.channels) > 0
+    error_message = "Alerts reach nobody: set alert_emails, or notification_channels."
+  }
+}
+
+locals {
+  billing_account = try(coalesce(var.billing_account, data.google_project.this.billing_account), "")
+  mails           = [for channel in google_monitoring_notification_channel.email : channel.name]
 }
 
 resource "google_billing_budget" "project" {
-  provider = google.billing
-  count    = var.budget_amount == 0 ? 0 : 1
+  count = var.budget_amount == 0 ? 0 : 1
 
-  billing_account = coalesce(var.billing_account, data.google_project.this.billing_account)
+  billing_account = local.billing_account
   display_name    = "gemma-export in ${var.project_id}"
 
   budget_filter {
@@ -255,12 +303,19 @@ resource "google_billing_budget" "project" {
     spend_basis       = "FORECASTED_SPEND"
   }
 
-  # Who administers the billing account is told in any case.
+  # Who administers the billing account is told in any case. It takes five channels, and they have to be mail.
   dynamic "all_updates_rule" {
-    for_each = length(local.channels) == 0 ? [] : [slice(local.channels, 0, min(5, length(local.channels)))]
+    for_each = length(local.mails) == 0 ? [] : [slice(local.mails, 0, min(5, length(local.mails)))]
 
     content {
       monitoring_notification_channels = all_updates_rule.value
+    }
+  }
+
+  lifecycle {
+    precondition {
+      condition     = local.billing_account != ""
+      error_message = "The project's billing account cannot be read: set billing_account, or budget_amount = 0 for no budget."
     }
   }
 

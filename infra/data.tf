@@ -39,7 +39,7 @@ resource "google_firestore_index" "exports" {
     }
   }
 
-  depends_on = [google_firestore_database.records]
+  depends_on = [google_project_service.used, google_firestore_database.records]
 }
 
 resource "google_firestore_field" "unindexed" {
@@ -52,7 +52,7 @@ resource "google_firestore_field" "unindexed" {
   # Empty: nothing asks for it, and what has no index is written faster and has no limit of 1500 bytes.
   index_config {}
 
-  depends_on = [google_firestore_database.records]
+  depends_on = [google_project_service.used, google_firestore_database.records]
 }
 
 # Artifacts. There is no lifecycle rule, since none can tell a published version from an abandoned one: the sweep collects.

@@ -1,4 +1,7 @@
 locals {
+  # Which the image's CUDA takes as it is, whereas an L4's older one needs what the image brings for it.
+  new_driver = var.gpu && var.gpu_type == "nvidia-rtx-pro-6000"
+
   exporter_settings = merge(local.settings, {
     ENGINE            = var.engine
     MEMORY_BUDGET_MIB = var.memory_budget_mib
@@ -11,9 +14,11 @@ resource "google_cloud_run_v2_job" "exporter" {
   name                = local.job
   location            = var.region
   deletion_protection = false # it keeps nothing
+  launch_stage        = local.new_driver ? "BETA" : null
 
   template {
-    task_count = 1 # the trigger asks for more where the base is large
+    task_count  = 1 # the trigger asks for more where the base is large
+    parallelism = var.parallelism
 
     template {
       service_account               = google_service_account.runtime["exporter"].email
@@ -41,7 +46,7 @@ resource "google_cloud_run_v2_job" "exporter" {
         }
 
         dynamic "env" {
-          for_each = local.exporter_settings
+          for_each = merge(local.exporter_settings, local.new_driver ? { LD_LIBRARY_PATH = "/usr/local/nvidia/lib64" } : {})
 
           content {
             name  = env.key
@@ -68,8 +73,8 @@ resource "google_cloud_run_v2_job" "exporter" {
   }
 
   lifecycle {
-    # The build deploys images, by digest.
-    ignore_changes = [template[0].template[0].containers[0].image, client, client_version]
+    # The build deploys images, by digest; gcloud labels what it deploys.
+    ignore_changes = [template[0].template[0].containers[0].image, template[0].labels, client, client_version]
   }
 
   depends_on = [google_project_service.used, google_secret_manager_secret_iam_member.hf_token]

@@ -103,8 +103,8 @@ resource "google_cloud_run_v2_service" "function" {
   }
 
   lifecycle {
-    # The build deploys images, by digest.
-    ignore_changes = [template[0].containers[0].image, client, client_version]
+    # The build deploys images, by digest; gcloud names the revision, and labels it.
+    ignore_changes = [template[0].containers[0].image, template[0].labels, template[0].revision, client, client_version]
   }
 
   depends_on = [google_project_service.used]

@@ -1,9 +1,25 @@
+# API Gateway itself. In a new project its agent is there before its role is.
+
+resource "google_project_service_identity" "gateway" {
+  provider = google-beta
+
+  service = "apigateway.googleapis.com"
+
+  depends_on = [google_project_service.used]
+}
+
+resource "google_project_iam_member" "gateway_agent" {
+  project = var.project_id
+  role    = "roles/apigateway.serviceAgent"
+  member  = google_project_service_identity.gateway.member
+}
+
 resource "google_api_gateway_api" "exports" {
   provider = google-beta
 
   api_id = "gemma-export"
 
-  depends_on = [google_project_service.used]
+  depends_on = [google_project_service.used, google_project_iam_member.gateway_agent]
 }
 
 resource "google_api_gateway_api_config" "exports" {

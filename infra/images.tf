@@ -4,6 +4,26 @@ resource "google_artifact_registry_repository" "images" {
   format        = "DOCKER"
   description   = "Images of the dispatcher and the exporter; deployed by digest."
 
+  # Cloud Run keeps a copy of what it runs; these are to roll back to, and the layers of the last builds.
+  cleanup_policies {
+    id     = "keep-the-newest"
+    action = "KEEP"
+
+    most_recent_versions {
+      keep_count = 20
+    }
+  }
+
+  cleanup_policies {
+    id     = "delete-old"
+    action = "DELETE"
+
+    condition {
+      tag_state  = "ANY"
+      older_than = "7776000s" # 90 days
+    }
+  }
+
   depends_on = [google_project_service.used]
 }
 
@@ -51,6 +71,13 @@ resource "google_storage_bucket_iam_member" "builder" {
 resource "google_project_iam_member" "builder" {
   project = var.project_id
   role    = "roles/logging.logWriter"
+  member  = google_service_account.builder.member
+}
+
+# gcloud waits for what it has started, which is the project's and not the service's.
+resource "google_project_iam_member" "builder_waits" {
+  project = var.project_id
+  role    = google_project_iam_custom_role.this["OperationReader"].id
   member  = google_service_account.builder.member
 }
 

@@ -36,7 +36,7 @@ output "build" {
   value = join(" ", [
     "gcloud builds submit",
     "--project=${var.project_id}",
-    "--region=${var.region}",
+    "--region=${coalesce(var.build_region, var.region)}",
     "--config=cloudbuild.yaml",
     "--gcs-source-staging-dir=gs://${google_storage_bucket.builds.name}/source",
     "--substitutions=_REGION=${var.region},_VARIANT=${var.gpu ? "gpu" : "cpu"}",
@@ -49,6 +49,6 @@ output "doctor" {
     ["env"],
     [for name, value in merge(local.function_settings, local.exporter_settings) : "${name}='${value}'"],
     ["gemma-export doctor"],
-    [for place in local.adapter_places : "--adapters 'gs://${place.bucket}/${place.prefix}'"],
+    [for source in concat(["gs://${local.bucket}/adapters"], var.adapter_sources) : "--adapters '${source}'"],
   ))
 }

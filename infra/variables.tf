@@ -32,6 +32,17 @@ variable "gateway_region" {
   }
 }
 
+variable "build_region" {
+  description = "Region of the builds; null is `region`. A new project may not build in every one."
+  type        = string
+  default     = null
+
+  validation {
+    condition     = var.build_region == null || can(regex("^([a-z]+-[a-z]+[0-9]+|global)$", var.build_region))
+    error_message = "A region's name looks like us-central1, or is global."
+  }
+}
+
 variable "labels" {
   description = "Labels of everything that can have some, besides `app`."
   type        = map(string)
@@ -68,7 +79,7 @@ variable "bucket_location" {
 }
 
 variable "adapter_sources" {
-  description = "Where training jobs keep their adapters, gs://BUCKET or gs://BUCKET/PREFIX, besides adapters/ in the artifact bucket. They may be read, and their buckets listed."
+  description = "Where training jobs keep their adapters, gs://BUCKET or gs://BUCKET/PREFIX, besides adapters/ in the artifact bucket. Such a bucket has uniform access, and whoever applies may say who reads it; it is listed as a whole."
   type        = list(string)
   default     = []
 
@@ -195,13 +206,24 @@ variable "task_timeout_seconds" {
   default     = 3600
 
   validation {
-    condition     = var.task_timeout_seconds >= 300 && var.task_timeout_seconds <= 86400
-    error_message = "A task has 300 to 86400 seconds."
+    condition     = var.task_timeout_seconds >= 300 && var.task_timeout_seconds <= 86400 && var.task_timeout_seconds == floor(var.task_timeout_seconds)
+    error_message = "A task has 300 to 86400 whole seconds."
   }
 
   validation {
     condition     = !var.gpu || var.task_timeout_seconds <= 3600
     error_message = "With a GPU a task has at most an hour."
+  }
+}
+
+variable "parallelism" {
+  description = "How many tasks of one execution run at once. The trigger starts up to four for a large base; a new project has three GPUs."
+  type        = number
+  default     = 3
+
+  validation {
+    condition     = var.parallelism >= 1 && var.parallelism <= 100 && var.parallelism == floor(var.parallelism)
+    error_message = "A whole number from 1 to 100."
   }
 }
 
@@ -268,8 +290,8 @@ variable "max_instances" {
   default     = 20
 
   validation {
-    condition     = var.max_instances >= 1 && var.max_instances <= 100
-    error_message = "A function has 1 to 100 instances."
+    condition     = var.max_instances >= 1 && var.max_instances <= 100 && var.max_instances == floor(var.max_instances)
+    error_message = "A function has 1 to 100 instances, a whole number."
   }
 }
 
@@ -279,8 +301,8 @@ variable "max_unfinished_per_user" {
   default     = 20
 
   validation {
-    condition     = var.max_unfinished_per_user >= 1
-    error_message = "A user may have at least one unfinished export."
+    condition     = var.max_unfinished_per_user >= 1 && var.max_unfinished_per_user == floor(var.max_unfinished_per_user)
+    error_message = "A user may have at least one unfinished export, and a whole number of them."
   }
 }
 
@@ -290,8 +312,8 @@ variable "lease_seconds" {
   default     = 120
 
   validation {
-    condition     = var.lease_seconds >= 30 && var.lease_seconds <= 600
-    error_message = "A lease lasts 30 to 600 seconds: shorter, and a slow heartbeat loses it; longer, and deliveries end before it does."
+    condition     = var.lease_seconds >= 30 && var.lease_seconds <= 600 && var.lease_seconds == floor(var.lease_seconds)
+    error_message = "A lease lasts 30 to 600 whole seconds: shorter, and a slow heartbeat loses it; longer, and deliveries end before it does."
   }
 }
 
@@ -301,8 +323,8 @@ variable "clock_skew_seconds" {
   default     = 120
 
   validation {
-    condition     = var.clock_skew_seconds >= 0 && var.clock_skew_seconds <= 600
-    error_message = "Clocks differ by 0 to 600 seconds."
+    condition     = var.clock_skew_seconds >= 0 && var.clock_skew_seconds <= 600 && var.clock_skew_seconds == floor(var.clock_skew_seconds)
+    error_message = "Clocks differ by 0 to 600 whole seconds."
   }
 }
 
@@ -312,8 +334,8 @@ variable "collect_after_days" {
   default     = 7
 
   validation {
-    condition     = var.collect_after_days >= 1 && var.collect_after_days <= 365
-    error_message = "They are kept for 1 to 365 days."
+    condition     = var.collect_after_days >= 1 && var.collect_after_days <= 365 && var.collect_after_days == floor(var.collect_after_days)
+    error_message = "They are kept for 1 to 365 whole days."
   }
 }
 
@@ -323,8 +345,8 @@ variable "download_url_seconds" {
   default     = 3600
 
   validation {
-    condition     = var.download_url_seconds >= 60 && var.download_url_seconds <= 43200
-    error_message = "A download URL is good for 60 to 43200 seconds."
+    condition     = var.download_url_seconds >= 60 && var.download_url_seconds <= 43200 && var.download_url_seconds == floor(var.download_url_seconds)
+    error_message = "A download URL is good for 60 to 43200 whole seconds."
   }
 }
 
@@ -334,8 +356,8 @@ variable "message_retention_days" {
   default     = 7
 
   validation {
-    condition     = var.message_retention_days >= 1 && var.message_retention_days <= 31
-    error_message = "Pub/Sub keeps messages for at most 31 days."
+    condition     = var.message_retention_days >= 1 && var.message_retention_days <= 31 && var.message_retention_days == floor(var.message_retention_days)
+    error_message = "Pub/Sub keeps messages for 1 to 31 whole days."
   }
 }
 
@@ -399,7 +421,7 @@ variable "alert_emails" {
 }
 
 variable "notification_channels" {
-  description = "Notification channels that exist already, by full name, for alerts and budget."
+  description = "Notification channels that exist already, by full name, for the alerts; the budget mails to alert_emails alone."
   type        = list(string)
   default     = []
 
@@ -415,8 +437,8 @@ variable "failed_exports_per_hour" {
   default     = 10
 
   validation {
-    condition     = var.failed_exports_per_hour >= 1
-    error_message = "At least one."
+    condition     = var.failed_exports_per_hour >= 1 && var.failed_exports_per_hour == floor(var.failed_exports_per_hour)
+    error_message = "A whole number, at least 1."
   }
 }
 
@@ -426,8 +448,8 @@ variable "oldest_queued_minutes" {
   default     = 30
 
   validation {
-    condition     = var.oldest_queued_minutes >= 10
-    error_message = "At least 10 minutes: the sweep looks every five."
+    condition     = var.oldest_queued_minutes >= 10 && var.oldest_queued_minutes == floor(var.oldest_queued_minutes)
+    error_message = "At least 10 whole minutes: the sweep looks every five."
   }
 }
 

@@ -11,6 +11,10 @@ terraform {
       source  = "hashicorp/google-beta"
       version = "6.50.0"
     }
+    time = {
+      source  = "hashicorp/time"
+      version = "0.13.1"
+    }
   }
 
   # Which bucket is told at `terraform init -backend-config=bucket=…`; see README.md.
@@ -19,22 +23,19 @@ terraform {
   }
 }
 
+# Some APIs count their calls against a project, and a person's own credentials name none: it is this one.
 provider "google" {
-  project        = var.project_id
-  region         = var.region
-  default_labels = local.labels
+  project               = var.project_id
+  region                = var.region
+  billing_project       = var.project_id
+  user_project_override = true
+  default_labels        = local.labels
 }
 
 provider "google-beta" {
-  project        = var.project_id
-  region         = var.region
-  default_labels = local.labels
-}
-
-# The Budget API counts its calls against a project, which a person's own credentials do not name.
-provider "google" {
-  alias                 = "billing"
   project               = var.project_id
+  region                = var.region
   billing_project       = var.project_id
   user_project_override = true
+  default_labels        = local.labels
 }

@@ -22,10 +22,14 @@ OTHERS = {
     Grant("Google's pubsub", "account push", "roles/iam.serviceAccountOpenIdTokenCreator"),
     Grant("Google's pubsub", "topic gemma-export-dead-letters", "pubsub.topics.publish"),
     Grant("Google's pubsub", "subscription gemma-export-push", "roles/pubsub.subscriber"),
+    # API Gateway is itself.
+    Grant("Google's apigateway", "project", "roles/apigateway.serviceAgent"),
     # The build reads what was uploaded, pushes images and deploys them.
-    Grant("builder", "bucket some-project-gemma-export-builds", "roles/storage.objectViewer"),
+    Grant("builder", "bucket some-project-gemma-export-builds", "storage.objects.get"),
+    Grant("builder", "bucket some-project-gemma-export-builds", "storage.objects.list"),
     Grant("builder", "repository gemma-export", "roles/artifactregistry.writer"),
     Grant("builder", "project", "roles/logging.logWriter"),
+    Grant("builder", "project", "run.operations.get"),
     *(Grant("builder", f"gemma-export-{name}", "roles/run.developer") for name in ("api", "start", "fail", "sweep")),
     Grant("builder", "job", "roles/run.developer"),
     *(Grant("builder", f"account {name}", "roles/iam.serviceAccountUser") for name in OURS),
@@ -78,7 +82,7 @@ def test_the_job_runs_as_the_exporter(plan: list[Planned]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "place"), [("gs://training/runs", "gs://training/runs/"), ("gs://training", "bucket training")]
+    ("source", "place"), [("gs://training/runs/", "gs://training/runs/"), ("gs://training", "bucket training")]
 )
 def test_adapters_elsewhere_may_be_read_where_they_are_said_to_be(
     deployment: Terraform, source: str, place: str
@@ -88,7 +92,7 @@ def test_adapters_elsewhere_may_be_read_where_they_are_said_to_be(
     assert added == {
         Grant(who, what, permission)
         for who in ("dispatcher", "exporter")
-        for what, permission in ((place, "storage.objects.get"), ("bucket training", LIST))
+        for what, permission in ((place, "storage.objects.get"), (place, LIST))
     }
 
 

@@ -22,6 +22,11 @@ from tests.infra.conftest import Find
 from tests.terraform.running import INFRA, Resource
 
 JOB, FUNCTION = "cloud_run_job", "cloud_run_revision"
+GOOGLES = {
+    "pubsub.googleapis.com/subscription/dead_letter_message_count": "pubsub_subscription",
+    "logging.googleapis.com/log_entry_count": "cloud_scheduler_job",
+}
+"""Metrics that are there by themselves, and what they are of."""
 MESSAGE = JobMessage(job_id="job", export_id="job.merged")
 _EQUALS = re.compile(r'(resource\.type|jsonPayload\.\w+)=(?:"(\w+)"|\(("\w+"(?: OR "\w+")*)\))')
 _EXCEEDS = re.compile(r"jsonPayload\.(\w+)>(\d+)")
@@ -141,20 +146,20 @@ def test_the_backlog_is_measured(plan: list[Resource], world: World, logged: io.
 
 
 def test_each_alert_looks_at_what_there_is(plan: list[Resource]) -> None:
-    """Every count of ours, and Pub/Sub's own of the subscription that starts exports."""
+    """Every count of ours, Pub/Sub's of dead letters, and what Cloud Scheduler is refused."""
     counting = ("google_logging_metric.failed_exports", "google_logging_metric.sweeps")
     counted = {f"logging.googleapis.com/user/{each.values['name']}" for each in plan if each.address in counting}
     policies = [each for each in plan if each.kind == "google_monitoring_alert_policy"]
     conditions = [condition for each in policies for condition in each.values["conditions"]]
     looked_at = []
     for condition in conditions:
-        (told,) = condition["condition_threshold"] + condition["condition_absent"]
+        (told,) = condition["condition_threshold"]
         match = re.match(r'metric\.type="([^"]+)" AND resource\.type="(\w+)"', told["filter"])
         assert match
         looked_at.append(match.groups())
-    dead_letters = "pubsub.googleapis.com/subscription/dead_letter_message_count"
-    assert {metric for metric, _ in looked_at} == counted | {dead_letters}
-    assert {kind for _, kind in looked_at} == {JOB, FUNCTION, "pubsub_subscription"}
+    assert {metric for metric, _ in looked_at} == counted | GOOGLES.keys()
+    assert {(metric, kind) for metric, kind in looked_at if metric in GOOGLES} == set(GOOGLES.items())
+    assert {kind for metric, kind in looked_at if metric in counted} == {JOB, FUNCTION}
 
 
 def test_each_alert_is_in_the_runbook(plan: list[Resource]) -> None:

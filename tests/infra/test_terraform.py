@@ -11,6 +11,7 @@ import yaml
 from dispatcher.openapi import document
 from dispatcher.settings import Settings
 from tests.infra.conftest import Find
+from tests.terraform import provider
 from tests.terraform.provider import SCHEMA
 from tests.terraform.running import INFRA, Resource, Terraform, TerraformError
 
@@ -32,11 +33,15 @@ GOOD: dict[str, Any] = {
     "budget_amount": 5000,
     "labels": {"team": "export"},
     "gateway_region": "europe-west1",
+    "build_region": "global",
+    "parallelism": 4,
 }
 BAD: dict[str, list[Any]] = {
     "project_id": ["Some Project", "p"],
     "region": ["us", "us-central1-a"],
     "gateway_region": ["europe"],
+    "build_region": ["europe"],
+    "parallelism": [0, 2.5],
     "labels": [{"Team": "x"}, {"team": "X y"}],
     "bucket_name": ["-b", "B"],
     "bucket_location": ["us/eu"],
@@ -47,24 +52,24 @@ BAD: dict[str, list[Any]] = {
     "exporter_cpu": [3, 2],
     "exporter_memory_gib": [15.5, 8, 64],
     "memory_budget_mib": [32, 15 * 1024],
-    "task_timeout_seconds": [60, 7200, 100_000],
+    "task_timeout_seconds": [60, 7200, 100_000, 600.5],
     "max_attempts": [0, 12, 1.5],
     "engine": ["magic"],
     "hf_token_secret": ["a/b", "gemma-export-token"],
-    "max_instances": [0, 1000],
-    "max_unfinished_per_user": [0],
-    "lease_seconds": [5, 3600],
-    "clock_skew_seconds": [-1, 3600],
-    "collect_after_days": [0, 1000],
-    "download_url_seconds": [1, 50_000],
-    "message_retention_days": [0, 32],
+    "max_instances": [0, 1000, 1.5],
+    "max_unfinished_per_user": [0, 1.5],
+    "lease_seconds": [5, 3600, 30.5],
+    "clock_skew_seconds": [-1, 3600, 1.5],
+    "collect_after_days": [0, 1000, 1.5],
+    "download_url_seconds": [1, 50_000, 60.5],
+    "message_retention_days": [0, 32, 1.5],
     "jwt_issuer": ["http://issuer", "https://only.the.issuer"],
     "jwt_jwks_url": ["keys"],
     "jwt_audience": ["a,b"],
     "alert_emails": [["nobody"]],
     "notification_channels": [["a@example.com"]],
-    "failed_exports_per_hour": [0],
-    "oldest_queued_minutes": [5],
+    "failed_exports_per_hour": [0, 1.5],
+    "oldest_queued_minutes": [5, 10.5],
     "budget_amount": [-1, 0.5],
     "billing_account": ["my account"],
 }
@@ -81,6 +86,12 @@ def test_it_is_formatted(deployment: Terraform) -> None:
 def test_every_argument_is_one_of_the_providers(deployment: Terraform) -> None:
     """And every block, type and reference, those in `dynamic` blocks included."""
     deployment.validate()
+
+
+@pytest.fixture
+def no_billing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project whose billing account Google does not tell."""
+    monkeypatch.setattr(provider, "BILLING_ACCOUNT", "")
 
 
 @pytest.mark.parametrize(
@@ -289,9 +300,9 @@ def test_no_image_is_whatever_is_the_latest(plan: list[Resource]) -> None:
         if each.kind in ("google_cloud_run_v2_service", "google_cloud_run_v2_job"):
             assert "latest" not in json.dumps(each.values["template"]).replace('"version": "latest"', "")
     ignored = re.findall(r"ignore_changes = \[(.*)\]", CONFIGURATION)
-    assert [line.split(",")[0] for line in ignored] == [
-        "template[0].template[0].containers[0].image",
-        "template[0].containers[0].image",
+    assert ignored == [
+        "template[0].template[0].containers[0].image, template[0].labels, client, client_version",
+        "template[0].containers[0].image, template[0].labels, template[0].revision, client, client_version",
     ]
 
 
@@ -314,6 +325,35 @@ def test_a_budget_needs_a_billing_account_and_can_be_left_out(deployment: Terraf
     budget = mailed["google_billing_budget"]
     assert len(budget["all_updates_rule"][0]["monitoring_notification_channels"]) == 1
     assert "google_billing_budget" not in {each.kind for each in deployment.plan(budget_amount=0)}
+
+
+def test_a_budget_of_nobody_knows_what_is_refused_with_what_to_do(deployment: Terraform, no_billing: None) -> None:
+    """Google says nothing of a project's billing account where one may not see it."""
+    with pytest.raises(TerraformError, match=r"set\s+billing_account,\s+or\s+budget_amount = 0"):
+        deployment.plan()
+    assert deployment.plan(billing_account="012345-6789AB-CDEF01")
+    assert deployment.plan(budget_amount=0)
+
+
+def test_alerts_that_reach_nobody_are_said_to(deployment: Terraform) -> None:
+    """A warning, since somebody may look at the console."""
+    warning = "Alerts reach nobody"
+    deployment.plan()
+    assert warning in deployment.run("plan", "-input=false")
+    deployment.plan(alert_emails=["a@example.com"])
+    assert warning not in deployment.run("plan", "-input=false")
+
+
+def test_an_alert_waits_for_its_metric(plan: list[Resource]) -> None:
+    """Cloud Monitoring refuses a policy on a metric that was made a moment ago, for up to ten minutes."""
+    (wait,) = (each.values for each in plan if each.kind == "time_sleep")
+    counting = ("google_logging_metric.failed_exports", "google_logging_metric.sweeps")
+    names = {each.values["name"] for each in plan if each.address in counting}
+    assert wait["create_duration"] == "600s"
+    assert set(wait["triggers"]["names"].split()) == names
+    policies = re.findall(r'^resource "google_monitoring_alert_policy".*?^\}', CONFIGURATION, re.M | re.S)
+    assert len(policies) == 2
+    assert all("depends_on = [time_sleep.metrics]" in policy for policy in policies)
 
 
 def test_every_api_that_is_used_is_switched_on(plan: list[Resource]) -> None:

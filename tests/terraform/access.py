@@ -17,6 +17,7 @@ from tests.terraform import running
 PREDEFINED: Mapping[str, tuple[str, ...]] = {
     "roles/pubsub.publisher": ("pubsub.topics.publish",),
     "roles/secretmanager.secretAccessor": ("secretmanager.versions.access",),
+    "roles/storage.objectViewer": ("storage.objects.get", "storage.objects.list"),
 }
 """Google's own roles that our code is granted, with what they bring; of others, the role is told.
 Source: https://cloud.google.com/iam/docs/roles-permissions"""
@@ -134,7 +135,10 @@ def _in_bucket(values: Mapping[str, Any], condition: str, bucket: str) -> Iterat
     if not condition:
         yield Resource.BUCKET.value if own else f"bucket {values['bucket']}"
         return
-    for part in condition.split(" || "):
+    listed, parts = 'resource.type == "storage.googleapis.com/Bucket"', condition.split(" || ")
+    if not own and parts[0] == listed:  # its list, and of its objects those under a prefix
+        del parts[0]
+    for part in parts:
         match = _OBJECTS.fullmatch(part)
         if match is None or match[1] != values["bucket"]:
             raise ValueError(f"an unknown condition on {values['bucket']}: {condition}")

@@ -1,9 +1,9 @@
 """`python -m tests.terraform.extract`: the provider's schema, as far as `infra/*.tf` uses it, written to `schema.json`.
 
-No registry of Terraform's is needed: the packages `cdktf-cdktf-provider-google` and `…-google-beta`, which are not
-developed any more, were generated from the schema of the providers' version 6.50.0. Each class of theirs says in a
-comment of a nested block whether it is optional or required, by its class whether it is a list, a set or at most one,
-and by the getters, setters and resets of an argument its type and whether it is optional, required or computed.
+No registry of Terraform's is needed: the packages `cdktf-cdktf-provider-…`, which are not developed any more, were
+generated from the schema of the providers. Each class of theirs says in a comment of a nested block whether it is
+optional or required, by its class whether it is a list, a set or at most one, and by the getters, setters and resets of
+an argument its type and whether it is optional, required or computed.
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import Any
 PACKAGES = {
     "google": "cdktf-cdktf-provider-google==16.12.1",
     "google-beta": "cdktf-cdktf-provider-google-beta==16.12.1",
+    "time": "cdktf-cdktf-provider-time==11.0.1",
 }
 SCHEMA = Path(__file__).with_name("schema.json")
 INFRA = Path(__file__).parents[2] / "infra"
@@ -64,9 +65,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         for provider, package in PACKAGES.items():
             modules = _modules(package, Path(temporary, provider))
-            (configured,) = (
-                text for text in modules if re.search(r"^class Google(Beta)?Provider ", text, re.MULTILINE)
-            )
+            (configured,) = (text for text in modules if " extends cdktf.TerraformProvider" in text)
             version = _VERSION.search(configured)
             schema[provider] = {
                 "package": package,
@@ -118,7 +117,7 @@ def _classes(text: str) -> dict[str, str]:
 def _provider(text: str) -> Block:
     stored = {name: kept for name, _, kept in _STORED.findall(text)}
     types = {"string": "string", "boolean": "bool", "stringMap": "map(string)"}
-    attributes = {name: f"optional {types[stored[name]]}" for name in _CONFIGURED}
+    attributes = {name: f"optional {types[stored[name]]}" for name in _CONFIGURED if name in stored}
     return {"attributes": attributes, "blocks": {}}
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ Value = dict[str, Any]
 
 
 class StandIn:
-    """One provider: `google` or `google-beta`."""
+    """One provider, by its name in the schema."""
 
     def __init__(self, name: str) -> None:
         self._schema = SCHEMA[name]
@@ -69,7 +69,7 @@ class StandIn:
         )
 
     def _configure(self, request: Any) -> Any:
-        self._project = _read_value(request.config)["project"]
+        self._project = _read_value(request.config).get("project", "")
         return MESSAGES["Diagnosed"]()
 
     def _planned(self, kind: str, proposed: Any) -> Any:
@@ -111,12 +111,12 @@ class StandIn:
 
 @contextmanager
 def providers() -> Iterator[str]:
-    """Both providers; yields what `TF_REATTACH_PROVIDERS` has to be, so that Terraform takes them and installs none.
+    """All of them; yields what `TF_REATTACH_PROVIDERS` has to be, so that Terraform takes them and installs none.
 
     Source: https://developer.hashicorp.com/terraform/plugin/debugging
     """
-    with serving(StandIn("google").service()) as ga, serving(StandIn("google-beta").service()) as beta:
-        addresses = {"google": ga, "google-beta": beta}
+    with ExitStack() as stack:
+        addresses = {name: stack.enter_context(serving(StandIn(name).service())) for name in SCHEMA}
         yield json.dumps(
             {
                 f"registry.terraform.io/hashicorp/{name}": {
