@@ -38,7 +38,7 @@ class Backlog:
         """Count one in."""
         self.unfinished += 1
         if record.state is State.QUEUED:
-            waited = now - (record.queued_at or record.created_at)
+            waited = now - (record.queued_at or record.updated_at)
             self.oldest_queued_seconds = max(self.oldest_queued_seconds, round(waited.total_seconds()))
         elif record.lease is not None and not holds_live_lease(record, now - STUCK_AFTER):
             self.stuck_leases += 1

@@ -47,8 +47,8 @@ output "doctor" {
   description = "Asks whether all of it is there, with the credentials at hand; `--as exporter` and the like come after it."
   value = join(" ", concat(
     ["env"],
-    [for name, value in merge(local.function_settings, local.exporter_settings) : "${name}='${value}'"],
+    [for name, value in merge(local.function_settings, local.exporter_settings) : "${name}='${replace(tostring(value), "'", "'\\''")}'"],
     ["gemma-export doctor"],
-    [for source in concat(["gs://${local.bucket}/adapters"], var.adapter_sources) : "--adapters '${source}'"],
+    [for source in concat(["gs://${local.bucket}/adapters"], var.adapter_sources) : "--adapters '${replace(source, "'", "'\\''")}'"],
   ))
 }

@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 
 from dispatcher.contract import JobMessage, State
-from dispatcher.errors import Unavailable
+from dispatcher.errors import SweepIncomplete, Unavailable
 from dispatcher.watched import STUCK_AFTER, Backlog
 from tests.dispatcher.world import START, World
 
@@ -58,10 +58,55 @@ def test_the_backlog_counts_what_waits_and_what_is_stuck(world: World) -> None:
         assert backlog == Backlog(unfinished=2, oldest_queued_seconds=7, stuck_leases=stuck)
 
 
-def test_a_record_of_before_waits_since_it_was_made(world: World) -> None:
-    """It does not say since when it waits."""
+def test_a_record_of_before_waits_since_its_last_change(world: World) -> None:
+    """It does not say since when it waits, and may have been made, and have failed, long ago."""
     world.job()
     world.submit()
+    old = world.record().model_copy(update={"queued_at": None, "created_at": START - timedelta(days=30)})
     backlog = Backlog()
-    backlog.saw(world.record().model_copy(update={"queued_at": None}), START + timedelta(seconds=5))
+    backlog.saw(old, START + timedelta(seconds=5))
     assert backlog.oldest_queued_seconds == 5
+
+
+@pytest.mark.parametrize("ending", ["failed", "cancelled", "stale"])
+def test_one_that_is_asked_for_again_waits_since_then(world: World, ending: str) -> None:
+    """However long ago it was first asked for."""
+    world.job()
+    world.launched()
+    world.claim()
+    if ending == "failed":
+        world.fail()
+    elif ending == "cancelled":
+        world.service.cancel("job.merged", "ann")
+    else:
+        world.complete()
+        world.adapter("adapter-job", b"trained further")
+    world.clock.pass_seconds(86400)
+    assert world.submit().state is State.QUEUED
+    assert world.record().queued_at == START + timedelta(days=1)
+
+
+@pytest.mark.parametrize("first", ["old", "young"])
+def test_the_oldest_is_told_in_whatever_order_they_come(world: World, first: str) -> None:
+    """Of several that wait, the longest."""
+    for job_id in ("old", "young"):
+        world.job(job_id)
+        world.submit(job_id)
+        world.clock.pass_seconds(60)
+    records = [world.record("old.merged"), world.record("young.merged")]
+    backlog = Backlog()
+    for record in records if first == "old" else reversed(records):
+        backlog.saw(record, START + timedelta(seconds=120))
+    assert backlog == Backlog(unfinished=2, oldest_queued_seconds=120, stuck_leases=0)
+
+
+def test_a_sweep_that_did_not_get_through_tells_its_backlog_too(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """It swept: what it could not tend is a matter of its own."""
+    world.job()
+    world.submit()
+    world.clock.pass_seconds(600)
+    world.queue.down = True
+    with caplog.at_level("INFO"), pytest.raises(SweepIncomplete):
+        world.trigger.sweep()
+    (told,) = (vars(record) for record in caplog.records if vars(record).get("event") == "swept")
+    assert (told["unfinished"], told["oldest_queued_seconds"]) == (1, 600)

@@ -272,6 +272,22 @@ def test_sigterm_gives_the_export_back_to_the_queue(place: Place) -> None:
     assert place.files() == []
 
 
+def test_an_attempt_that_is_tried_again_counts_as_no_failed_export(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only the verdict does, of which there is one; an alert looks at that."""
+    place.queue()
+    place.stores = replace(
+        place.stores, max_attempts=2, artifacts=_Failing(place.root / "artifacts", Unavailable("gone"), after=0)
+    )
+    counts = []
+    for expected in (ExitCode.TRY_AGAIN, ExitCode.FAILED):
+        assert place.run() is expected
+        failed = [vars(line) for line in caplog.records if vars(line).get("event") == "export_failed"]
+        counts.append([(line["code"], line["retryable"]) for line in failed])
+    assert counts == [[], [("unavailable", True)]]
+
+
 def test_a_cancelled_export_leaves_nothing(place: Place) -> None:
     """The cancellation comes while the weights are written, and is seen at the next heartbeat."""
     place.queue()

@@ -107,7 +107,7 @@ def test_the_deployments_own_token_is_for_the_exporter_alone(deployment: Terrafo
         each for each in job["template"][0]["template"][0]["containers"][0]["env"] if each["name"] == "HF_TOKEN"
     )
     assert token["value"] is None
-    assert token["value_source"][0]["secret_key_ref"][0]["secret"] == "hub-token"
+    assert token["value_source"][0]["secret_key_ref"] == [{"secret": "hub-token", "version": "latest"}]
 
 
 def test_the_table_in_the_runbook_is_this_one(plan: list[Planned]) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,15 @@ from dispatcher import logs
 from dispatcher.contract import JobMessage
 from dispatcher.sqlite_records import SqliteRecords
 from dispatcher.sweep import swept
+from dispatcher.watched import export_failed
 from tests.dispatcher.world import World
 from tests.exporter.exporting import training_document
 from tests.infra.conftest import Find
-from tests.terraform.running import INFRA, Resource
+from tests.terraform.running import INFRA, Resource, Terraform
 
 JOB, FUNCTION = "cloud_run_job", "cloud_run_revision"
-GOOGLES = {
-    "pubsub.googleapis.com/subscription/dead_letter_message_count": "pubsub_subscription",
-    "logging.googleapis.com/log_entry_count": "cloud_scheduler_job",
-}
-"""Metrics that are there by themselves, and what they are of."""
+USER = "logging.googleapis.com/user/gemma-export"
+CHANNEL = "projects/other/notificationChannels/7"
 MESSAGE = JobMessage(job_id="job", export_id="job.merged")
 _EQUALS = re.compile(r'(resource\.type|jsonPayload\.\w+)=(?:"(\w+)"|\(("\w+"(?: OR "\w+")*)\))')
 _EXCEEDS = re.compile(r"jsonPayload\.(\w+)>(\d+)")
@@ -145,28 +143,90 @@ def test_the_backlog_is_measured(plan: list[Resource], world: World, logged: io.
     assert found == {"unfinished": 1, "oldest_queued_seconds": 900}
 
 
-def test_each_alert_looks_at_what_there_is(plan: list[Resource]) -> None:
-    """Every count of ours, Pub/Sub's of dead letters, and what Cloud Scheduler is refused."""
-    counting = ("google_logging_metric.failed_exports", "google_logging_metric.sweeps")
-    counted = {f"logging.googleapis.com/user/{each.values['name']}" for each in plan if each.address in counting}
-    policies = [each for each in plan if each.kind == "google_monitoring_alert_policy"]
-    conditions = [condition for each in policies for condition in each.values["conditions"]]
-    looked_at = []
-    for condition in conditions:
-        (told,) = condition["condition_threshold"]
-        match = re.match(r'metric\.type="([^"]+)" AND resource\.type="(\w+)"', told["filter"])
-        assert match
-        looked_at.append(match.groups())
-    assert {metric for metric, _ in looked_at} == counted | GOOGLES.keys()
-    assert {(metric, kind) for metric, kind in looked_at if metric in GOOGLES} == set(GOOGLES.items())
-    assert {kind for metric, kind in looked_at if metric in counted} == {JOB, FUNCTION}
+def of_ours(name: str, kind: str, *more: str) -> str:
+    return " AND ".join([f'metric.type="{USER}/{name}"', f'resource.type="{kind}"', *more])
+
+
+ABOVE, BELOW = "COMPARISON_GT", "COMPARISON_LT"
+PASSING = 'metric.labels.retryable="true"'
+DEAD_LETTERS = (
+    'metric.type="pubsub.googleapis.com/subscription/dead_letter_message_count"'
+    ' AND resource.type="pubsub_subscription" AND resource.labels.subscription_id="gemma-export-push"'
+)
+REFUSED = (
+    'metric.type="logging.googleapis.com/log_entry_count" AND resource.type="cloud_scheduler_job"'
+    ' AND resource.labels.job_id="gemma-export-sweep" AND metric.labels.severity="ERROR"'
+)
+WATCHED = {
+    "failed_exports": [
+        (of_ours("failed_exports", JOB, PASSING), ABOVE, 0, "3600s", "0s"),
+        (of_ours("failed_exports", FUNCTION, PASSING), ABOVE, 0, "3600s", "0s"),
+        (of_ours("failed_exports", JOB), ABOVE, 6, "3600s", "0s"),
+    ],
+    "dead_letters": [(DEAD_LETTERS, ABOVE, 0, "600s", "0s")],
+    "stuck_leases": [(of_ours("stuck_leases", FUNCTION), ABOVE, 0, "600s", "0s")],
+    "oldest_queued": [(of_ours("oldest_queued", FUNCTION), ABOVE, 0, "600s", "0s")],
+    "no_sweep": [
+        (of_ours("sweeps", FUNCTION), BELOW, 1, "1800s", "300s"),
+        (REFUSED, ABOVE, 2, "1800s", "0s"),
+    ],
+}
+"""Of each alert, its conditions: what is counted, and how many of it in how long, for how long."""
+
+
+def name_of(policy: Mapping[str, Any]) -> str:
+    """The name under which an alert's text sends to the runbook."""
+    (name,) = re.findall(r"`(\w+)`", policy["documentation"][0]["content"])
+    return str(name)
+
+
+def test_each_alert_fires_when_it_is_meant_to(deployment: Terraform) -> None:
+    """At a failed export for a passing fault, at seven in an hour for whatever, at a dead letter; and it is mailed."""
+    plan = deployment.plan(failed_exports_per_hour=7, alert_emails=["a@example.com"], notification_channels=[CHANNEL])
+    policies = [each.values for each in plan if each.kind == "google_monitoring_alert_policy"]
+    found: dict[str, list[tuple[Any, ...]]] = {}
+    for policy in policies:
+        conditions = found.setdefault(name_of(policy), [])
+        for condition in policy["conditions"]:
+            (told,) = condition["condition_threshold"]
+            (how,) = told["aggregations"]
+            assert (how["per_series_aligner"], how["cross_series_reducer"]) == ("ALIGN_DELTA", "REDUCE_SUM")
+            window = (how["alignment_period"], told["duration"])
+            conditions.append((told["filter"], told["comparison"], told["threshold_value"] or 0, *window))
+            silent = "EVALUATION_MISSING_DATA_ACTIVE" if told["comparison"] == BELOW else None
+            assert told["evaluation_missing_data"] == silent
+        assert (policy["combiner"], policy["severity"]) == ("OR", "ERROR")
+        assert policy["notification_channels"] == [CHANNEL, "projects/some-project/notificationChannels/1"]
+    assert {name: sorted(told) for name, told in found.items()} == {
+        name: sorted(told) for name, told in WATCHED.items()
+    }
+
+
+def test_what_a_label_says_is_what_an_alert_asks_for(find: Find) -> None:
+    """Cloud Logging writes what it extracts as JSON has it."""
+    metric = find("google_logging_metric.failed_exports").values
+    line = export_failed("unavailable", retryable=True)
+    extracts = json.dumps(extracted(metric["label_extractors"]["retryable"], line))
+    assert f'metric.labels.retryable="{extracts}"' == PASSING
+    types = {label["key"]: label["value_type"] for label in metric["metric_descriptor"][0]["labels"]}
+    assert types.keys() == metric["label_extractors"].keys()
+    assert set(types.values()) <= {"STRING", None}  # which Google leaves out, being the default
+
+
+def test_how_long_is_too_long_can_be_said(deployment: Terraform, world: World, logged: io.StringIO) -> None:
+    """`oldest_queued_minutes`."""
+    line = a_sweep(world, logged, launched=False, seconds=3000)
+    counted = []
+    for minutes in (49, 50):
+        plan = deployment.plan(oldest_queued_minutes=minutes)
+        (metric,) = (each.values for each in plan if (each.name, each.key) == ("sweeps", "oldest_queued"))
+        counted.append(matches(metric["filter"], FUNCTION, line))
+    assert counted == [True, False]
 
 
 def test_each_alert_is_in_the_runbook(plan: list[Resource]) -> None:
     """Under the name that its text gives."""
     runbook = Path(INFRA, "README.md").read_text()
-    policies = [each.values for each in plan if each.kind == "google_monitoring_alert_policy"]
-    named = [re.findall(r"`(\w+)`", policy["documentation"][0]["content"]) for policy in policies]
-    assert len(named) == 5
-    for (name,) in named:
-        assert f"| `{name}` |" in runbook
+    names = {name_of(each.values) for each in plan if each.kind == "google_monitoring_alert_policy"}
+    assert names == WATCHED.keys()
+    assert all(f"| `{name}` |" in runbook for name in names)

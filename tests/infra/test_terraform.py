@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shlex
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ import yaml
 from dispatcher.openapi import document
 from dispatcher.settings import Settings
 from tests.infra.conftest import Find
+from tests.infra.test_environment import environments
 from tests.terraform import provider
 from tests.terraform.provider import SCHEMA
-from tests.terraform.running import INFRA, Resource, Terraform, TerraformError
+from tests.terraform.running import INFRA, PROJECT, Resource, Terraform, TerraformError
 
 CONFIGURATION = "\n".join(path.read_text() for path in sorted(INFRA.glob("*.tf")))
 VARIABLES = dict(re.findall(r'^variable "(\w+)" \{\n(.*?)^\}', (INFRA / "variables.tf").read_text(), re.M | re.S))
@@ -80,7 +82,7 @@ JUDGED_WITH_OTHERS = {"exporter_cpu", "exporter_memory_gib", "memory_budget_mib"
 
 def test_it_is_formatted(deployment: Terraform) -> None:
     """As `terraform fmt` would have it."""
-    assert deployment.run("fmt", "-check", "-diff", str(INFRA)) == ""
+    assert deployment.run("fmt", "-check", "-diff") == ""
 
 
 def test_every_argument_is_one_of_the_providers(deployment: Terraform) -> None:
@@ -181,6 +183,7 @@ def test_the_lane_without_a_gpu(deployment: Terraform, plan: list[Resource]) -> 
     assert usual["node_selector"] == [{"accelerator": "nvidia-l4"}]
     assert usual["containers"][0]["resources"][0]["limits"] == {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": "1"}
     assert (usual["gpu_zonal_redundancy_disabled"], usual["timeout"]) == (True, "3600s")
+    assert usual["execution_environment"] == "EXECUTION_ENVIRONMENT_GEN2"
     assert lane["node_selector"] == []
     assert lane["containers"][0]["resources"][0]["limits"] == {"cpu": "4", "memory": "16Gi"}
     assert (lane["gpu_zonal_redundancy_disabled"], lane["timeout"]) == (None, "86400s")
@@ -242,6 +245,7 @@ def test_deliveries_outlast_a_launch_that_died(find: Find) -> None:
     start = find("google_pubsub_subscription.start").values
     (retry,), (dead,) = start["retry_policy"], start["dead_letter_policy"]
     first, most = seconds(retry["minimum_backoff"]), seconds(retry["maximum_backoff"])
+    assert find("google_pubsub_subscription.fail").values["retry_policy"] == [retry]
     waited = sum(min(first * 2**number, most) for number in range(dead["max_delivery_attempts"] - 1))
     longest = Settings.lease_seconds + 120
     assert waited > 2 * longest
@@ -260,6 +264,31 @@ def test_a_day_can_be_replayed_for_as_long_as_tokens_live(deployment: Terraform)
         assert all(each["expiration_policy"] == [{"ttl": ""}] for each in subscriptions.values())
 
 
+def account(name: str) -> str:
+    return f"gemma-export-{name}@{PROJECT}.iam.gserviceaccount.com"
+
+
+def test_each_caller_shows_itself(find: Find) -> None:
+    """Who may call a function is who calls it: the gateway, Pub/Sub and Cloud Scheduler, each as its own account."""
+    (backend,) = find("google_api_gateway_api_config.exports").values["gateway_config"]
+    assert backend["backend_config"] == [{"google_service_account": account("gateway")}]
+    (scheduled,) = find("google_cloud_scheduler_job.sweep").values["http_target"]
+    assert scheduled["oidc_token"][0]["service_account_email"] == account("scheduler")
+    for name in ("start", "fail"):
+        (push,) = find(f"google_pubsub_subscription.{name}").values["push_config"]
+        assert push["oidc_token"][0]["service_account_email"] == account("push")
+
+
+def test_each_subscription_is_of_its_topic(find: Find) -> None:
+    """Messages start exports; dead letters fail them, and are kept to be read."""
+    jobs, dead = (find(f"google_pubsub_topic.{name}").values["id"] for name in ("jobs", "dead_letters"))
+    topics = {
+        name: find(f"google_pubsub_subscription.{name}").values["topic"] for name in ("start", "fail", "dead_letters")
+    }
+    assert topics == {"start": jobs, "fail": dead, "dead_letters": dead}
+    assert find("google_pubsub_subscription.dead_letters").values["push_config"] == []
+
+
 def test_messages_are_pushed_to_who_takes_them(find: Find) -> None:
     """With a token for that very function, under the path by which functions-framework knows a raw push."""
     for name, target, topic in (("start", "start_export", "jobs"), ("fail", "fail_export", "dead_letters")):
@@ -268,9 +297,7 @@ def test_messages_are_pushed_to_who_takes_them(find: Find) -> None:
         topic_id = find(f"google_pubsub_topic.{topic}").values["id"]
         assert push["push_endpoint"] == f"{url}/{topic_id}"
         assert re.fullmatch(r"https://[^/]+/projects/[^/]+/topics/[^/]+", push["push_endpoint"])
-        assert push["oidc_token"] == [
-            {"audience": url, "service_account_email": "gemma-export-push@some-project.iam.gserviceaccount.com"}
-        ]
+        assert push["oidc_token"][0]["audience"] == url
     dead = find("google_pubsub_subscription.start").values["dead_letter_policy"][0]["dead_letter_topic"]
     assert dead == find("google_pubsub_topic.dead_letters").values["id"]
 
@@ -291,14 +318,28 @@ def test_the_sweep_is_called_every_five_minutes(find: Find) -> None:
     assert (job["schedule"], target["http_method"], target["uri"]) == ("*/5 * * * *", "POST", f"{service['uri']}/")
     assert target["oidc_token"][0]["audience"] == service["uri"]
     assert seconds(job["attempt_deadline"]) == seconds(service["template"][0]["timeout"])
-    assert service["template"][0]["scaling"][0]["max_instance_count"] == 1
+    template = service["template"][0]
+    assert (template["scaling"][0]["max_instance_count"], template["max_instance_request_concurrency"]) == (1, 1)
+
+
+def test_a_function_has_what_it_needs(plan: list[Resource]) -> None:
+    """Half a gigabyte, which a cold start with every client of Google's takes a fifth of, and a burst to start with."""
+    for each in plan:
+        if each.kind == "google_cloud_run_v2_service":
+            (resources,) = each.values["template"][0]["containers"][0]["resources"]
+            assert resources == {"limits": {"cpu": "1", "memory": "512Mi"}, "cpu_idle": True, "startup_cpu_boost": True}
 
 
 def test_no_image_is_whatever_is_the_latest(plan: list[Resource]) -> None:
     """The build deploys by digest, and Terraform leaves its images alone."""
+    images = set()
     for each in plan:
-        if each.kind in ("google_cloud_run_v2_service", "google_cloud_run_v2_job"):
-            assert "latest" not in json.dumps(each.values["template"]).replace('"version": "latest"', "")
+        if each.kind == "google_cloud_run_v2_service":
+            images.add(each.values["template"][0]["containers"][0]["image"])
+        elif each.kind == "google_cloud_run_v2_job":
+            images.add(each.values["template"][0]["template"][0]["containers"][0]["image"])
+    # Google's own, which do nothing, and have no versions; only until the first build.
+    assert images == {f"us-docker.pkg.dev/cloudrun/container/{name}" for name in ("hello", "job")}
     ignored = re.findall(r"ignore_changes = \[(.*)\]", CONFIGURATION)
     assert ignored == [
         "template[0].template[0].containers[0].image, template[0].labels, client, client_version",
@@ -323,7 +364,13 @@ def test_a_budget_needs_a_billing_account_and_can_be_left_out(deployment: Terraf
     assert find("google_billing_budget.project").values["billing_account"] == "012345-6789AB-CDEF01"
     mailed = {each.kind: each.values for each in deployment.plan(alert_emails=["a@example.com"])}
     budget = mailed["google_billing_budget"]
-    assert len(budget["all_updates_rule"][0]["monitoring_notification_channels"]) == 1
+    assert budget["all_updates_rule"][0]["monitoring_notification_channels"] == [
+        "projects/some-project/notificationChannels/1"
+    ]
+    assert budget["budget_filter"][0]["projects"] == [f"projects/{provider.PROJECT_NUMBER}"]
+    assert budget["amount"][0]["specified_amount"][0]["units"] == "100"
+    rules = [(rule["threshold_percent"], rule["spend_basis"]) for rule in budget["threshold_rules"]]
+    assert rules == [(0.5, None), (0.9, None), (1, None), (1, "FORECASTED_SPEND")]
     assert "google_billing_budget" not in {each.kind for each in deployment.plan(budget_amount=0)}
 
 
@@ -354,6 +401,54 @@ def test_an_alert_waits_for_its_metric(plan: list[Resource]) -> None:
     policies = re.findall(r'^resource "google_monitoring_alert_policy".*?^\}', CONFIGURATION, re.M | re.S)
     assert len(policies) == 2
     assert all("depends_on = [time_sleep.metrics]" in policy for policy in policies)
+
+
+def test_the_gateway_is_where_it_is_said_to_be(deployment: Terraform) -> None:
+    """API Gateway is in fewer regions than Cloud Run."""
+    for said, region in (({}, "us-central1"), ({"gateway_region": "europe-west1"}, "europe-west1")):
+        (gateway,) = (each for each in deployment.plan(**said) if each.kind == "google_api_gateway_gateway")
+        assert gateway.values["region"] == region
+
+
+def test_the_build_is_told_where(deployment: Terraform) -> None:
+    """It runs in a region that has builds, and deploys in that of the deployment."""
+    build = deployment.outputs(region="europe-west4", build_region="global")["build"]
+    assert "--region=global" in build
+    assert "_REGION=europe-west4" in build
+    assert "--region=europe-west4" in deployment.outputs(region="europe-west4")["build"]
+
+
+def test_the_command_of_doctor_is_told_all_settings(deployment: Terraform) -> None:
+    """Those of functions and job, whatever is in them, so that doctor compares the two."""
+    said = {"jwt_issuer": "https://it's.example", "jwt_jwks_url": "https://keys.example", "jwt_audience": "$(x)"}
+    source = "gs://training/o'brien; x"
+    words = shlex.split(deployment.outputs(**said, adapter_sources=[source])["doctor"])
+    end = words.index("gemma-export")
+    environment = dict(word.split("=", 1) for word in words[1:end])
+    places = ["--adapters", "gs://some-project-gemma-export/adapters", "--adapters", source]
+    assert (words[0], words[end:]) == ("env", ["gemma-export", "doctor", *places])
+    given = environments(deployment.plan(**said))
+    expected = {**given["job"], **given["export_api"]}
+    assert environment == {name: value for name, value in expected.items() if not name.startswith("FUNCTION_")}
+    assert Settings.from_env(environment).jwt == Settings.from_env(given["export_api"]).jwt
+
+
+def test_what_is_made_is_private_and_can_be_restored(find: Find) -> None:
+    """Uploads of the build too; and the database's last week."""
+    builds = find("google_storage_bucket.builds").values
+    assert (builds["uniform_bucket_level_access"], builds["public_access_prevention"]) == (True, "enforced")
+    database = find("google_firestore_database.records").values
+    assert database["point_in_time_recovery_enablement"] == "POINT_IN_TIME_RECOVERY_ENABLED"
+    assert database["type"] == "FIRESTORE_NATIVE"
+
+
+def test_images_to_roll_back_to_are_kept(find: Find) -> None:
+    """The newest twenty, however old; of the others those of three months."""
+    policies = {
+        each["action"]: each for each in find("google_artifact_registry_repository.images").values["cleanup_policies"]
+    }
+    assert policies["KEEP"]["most_recent_versions"][0]["keep_count"] == 20
+    assert policies["DELETE"]["condition"][0]["older_than"] == f"{90 * 86400}s"
 
 
 def test_every_api_that_is_used_is_switched_on(plan: list[Resource]) -> None:

@@ -98,7 +98,7 @@ def test_a_write_that_someone_else_overtook_while_its_answer_was_out_is_lost(
 
 
 def test_a_field_that_is_not_ours_stays(store: FirestoreRecords) -> None:
-    """Neither writing a record nor a result rewrites a document, so a rollback loses nothing of a newer release."""
+    """Neither writing a record nor a result rewrites a document, as a newer release may have added."""
     store.put_job("job", {**JOB, "artifacts": "text where a map is expected"})
     store.create_export(QUEUED)
     client = firestore.Client(project=store._client.project)

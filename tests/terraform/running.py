@@ -97,9 +97,9 @@ def terraform(directory: Path) -> Iterator[Terraform]:
     """
     if shutil.which("terraform") is None:
         raise MissingServerError("terraform: install Terraform, version 1.9 or newer")
-    for path in INFRA.iterdir():
-        if path.is_file() and path.suffix != ".py":
-            shutil.copy(path, directory)
+    # Nothing of an operator's: values, state or plans may lie beside them.
+    for path in [*INFRA.glob("*.tf"), INFRA / "openapi.yaml", INFRA / "firestore.indexes.json"]:
+        shutil.copy(path, directory)
     # State goes to a bucket, which is not there.
     (directory / "backend_override.tf").write_text(_LOCAL_STATE)
     with providers() as attached:
