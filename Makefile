@@ -70,7 +70,8 @@ lint: setup
 openapi: setup
 	$(BIN)/python -m infra.openapi
 
-# Both Dockerfiles' own commands in a fresh directory, without Docker; then what they made is started.
+# The Dockerfiles' own commands (the exporter's without a GPU) in a fresh directory, without Docker; then what they made
+# is started.
 images: setup
 	$(BIN)/python -m infra.images
 

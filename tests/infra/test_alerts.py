@@ -147,6 +147,8 @@ def of_ours(name: str, kind: str, *more: str) -> str:
     return " AND ".join([f'metric.type="{USER}/{name}"', f'resource.type="{kind}"', *more])
 
 
+SAID = -1
+"""One less than `failed_exports_per_hour`, whatever that is."""
 ABOVE, BELOW = "COMPARISON_GT", "COMPARISON_LT"
 PASSING = 'metric.labels.retryable="true"'
 DEAD_LETTERS = (
@@ -161,7 +163,7 @@ WATCHED = {
     "failed_exports": [
         (of_ours("failed_exports", JOB, PASSING), ABOVE, 0, "3600s", "0s"),
         (of_ours("failed_exports", FUNCTION, PASSING), ABOVE, 0, "3600s", "0s"),
-        (of_ours("failed_exports", JOB), ABOVE, 6, "3600s", "0s"),
+        (of_ours("failed_exports", JOB), ABOVE, SAID, "3600s", "0s"),
     ],
     "dead_letters": [(DEAD_LETTERS, ABOVE, 0, "600s", "0s")],
     "stuck_leases": [(of_ours("stuck_leases", FUNCTION), ABOVE, 0, "600s", "0s")],
@@ -180,9 +182,12 @@ def name_of(policy: Mapping[str, Any]) -> str:
     return str(name)
 
 
-def test_each_alert_fires_when_it_is_meant_to(deployment: Terraform) -> None:
-    """At a failed export for a passing fault, at seven in an hour for whatever, at a dead letter; and it is mailed."""
-    plan = deployment.plan(failed_exports_per_hour=7, alert_emails=["a@example.com"], notification_channels=[CHANNEL])
+@pytest.mark.parametrize("hourly", [1, 7])
+def test_each_alert_fires_when_it_is_meant_to(deployment: Terraform, hourly: int) -> None:
+    """At a failed export for a passing fault, at so many in an hour for whatever, at a dead letter; and it is mailed."""
+    plan = deployment.plan(
+        failed_exports_per_hour=hourly, alert_emails=["a@example.com"], notification_channels=[CHANNEL]
+    )
     policies = [each.values for each in plan if each.kind == "google_monitoring_alert_policy"]
     found: dict[str, list[tuple[Any, ...]]] = {}
     for policy in policies:
@@ -197,9 +202,10 @@ def test_each_alert_fires_when_it_is_meant_to(deployment: Terraform) -> None:
             assert told["evaluation_missing_data"] == silent
         assert (policy["combiner"], policy["severity"]) == ("OR", "ERROR")
         assert policy["notification_channels"] == [CHANNEL, "projects/some-project/notificationChannels/1"]
-    assert {name: sorted(told) for name, told in found.items()} == {
-        name: sorted(told) for name, told in WATCHED.items()
-    }
+    assert found.keys() == WATCHED.keys()
+    for name, conditions in WATCHED.items():
+        expected = [tuple(hourly - 1 if part == SAID else part for part in condition) for condition in conditions]
+        assert sorted(found[name]) == sorted(expected)
 
 
 def test_what_a_label_says_is_what_an_alert_asks_for(find: Find) -> None:
