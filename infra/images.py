@@ -2,12 +2,13 @@
 
 The very commands of the Dockerfiles are run in a fresh directory (`infra.images_build` says what differs), for the
 dispatcher and for the exporter's CPU variant; of the GPU variant nothing can be run where there are no CUDA and no
-Ubuntu. Only the standard library is imported.
+Ubuntu. It takes Linux, as the images do: GNU's `cp`, and for root `setpriv`. Only the standard library is imported.
 """
 
 import argparse
 import os
 import platform
+import shutil
 import signal
 import sys
 import tempfile
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it (default: %(default)s)")
     parser.add_argument("--build-llama-cpp", action="store_true", help="even if this machine has it built already")
     args = parser.parse_args(arguments)
+    if lacking := _lacking():
+        say(f"images: {lacking}")
+        return 1
     signal.signal(signal.SIGTERM, _terminated)
     with tempfile.TemporaryDirectory(prefix="gemma-export-images-") as temporary:
         # Whoever the image's user is has to get in.
@@ -49,6 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         say(f"\nimages: {report.steps} steps in {report.seconds():.0f} s, all well")
     return 0
+
+
+def _lacking() -> str | None:
+    """What this machine has not that it takes."""
+    if platform.system() != "Linux":
+        return f"this is {platform.system()}: run it on Linux, which the images are of, or in a container"
+    if os.geteuid() == 0 and shutil.which("setpriv") is None:
+        return "root cannot become the images' user: install setpriv (util-linux), or run it as another user"
+    return None
 
 
 def _dispatcher(directory: Path, report: Report) -> None:

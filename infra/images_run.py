@@ -28,9 +28,10 @@ def check_dispatcher(image: Image, report: Report, root: Path) -> None:
     Raises:
         StepFailed: The image holds what it must not, or a function does not answer as it should.
     """
-    with report.step("dispatcher runs: it knows its version, and has nothing of the exporter's"):
+    with report.step("dispatcher runs: it knows its version, and has nothing of the exporter's and no pip"):
         _knows_its_version(image, report, root)
-        _lacks(image, report, HEAVY)
+        _knows_its_user(image, report)
+        _lacks(image, report, (*HEAVY, "pip"))
     asked: Mapping[str, Callable[[int], None]] = {
         "export_api": lambda port: _expect(port, "GET", "/health", None, (200,)),
         "start_export": lambda port: _expect(port, "POST", _PUSH, _message("no-such-job"), (200,)),
@@ -72,6 +73,7 @@ def check_exporter(image: Image, report: Report, root: Path) -> None:
     python = image.entrypoint[0]
     with report.step("exporter   runs: it knows its version, and has no Unsloth and no pip"):
         _knows_its_version(image, report, root)
+        _knows_its_user(image, report)
         _lacks(image, report, ("unsloth", "unsloth_zoo", "pip"))
     with report.step("exporter   runs: python -m exporter --help"):
         said = _run(image, report, [*image.entrypoint, "--help"])
@@ -98,6 +100,13 @@ def _lacks(image: Image, report: Report, modules: tuple[str, ...]) -> None:
         raise StepFailed(f"the image holds {found}")
 
 
+def _knows_its_user(image: Image, report: Report) -> None:
+    """The user is a number, which no file has a name for; torch asks for one, and fails without."""
+    name = _run(image, report, [image.entrypoint[0], "-c", "import getpass; print(getpass.getuser())"]).strip()
+    if name != image.environment.get("LOGNAME"):
+        raise StepFailed(f"the image has no LOGNAME: its user is called {name}, which is this machine's name for it")
+
+
 def _run(image: Image, report: Report, command: list[str]) -> str:
     return report.run(_command(image, command), environment=_environment(image), place=image.workdir)
 
@@ -116,12 +125,11 @@ def _command(image: Image, command: list[str]) -> list[str]:
     if program is None:
         raise StepFailed(f"there is no {command[0]} in the image")
     command = [program, *command[1:]]
-    setpriv = shutil.which("setpriv")
-    if os.geteuid() != 0 or setpriv is None:
+    if os.geteuid() != 0:
         return command
     user, _, group = image.user.partition(":")
     reading = [f"--{kind}-caps=+dac_read_search" for kind in ("inh", "ambient")]
-    return [setpriv, f"--reuid={user}", f"--regid={group or user}", "--clear-groups", *reading, *command]
+    return ["setpriv", f"--reuid={user}", f"--regid={group or user}", "--clear-groups", *reading, *command]
 
 
 def _message(job_id: str) -> bytes:

@@ -7,35 +7,37 @@ this is not, so that nothing relies on it. It has no retries and no quota.
 
 import json
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
-from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import jwt
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 from dispatcher.bearer import ALGORITHMS, FORWARDED_HEADER
 from dispatcher.identity import USERINFO_HEADER
-from infra.local.servers import HOST, in_thread
+from infra.local.passing import Answer, Headers, Request, answering, passed_on, refusal
 from infra.swagger import Document
 
-OWN_TOKEN = "the-gateways-own-id-token"  # noqa: S105  # stands for what Cloud Run checks, and is none
-_OF_A_CONNECTION = {"connection", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
-
-Headers = list[tuple[str, str]]
+OWN_ISSUER = "https://accounts.google.com"
+_OWN_SECONDS = 3600
+_VARIABLE = re.compile(r"\\\{(\w+)\\\}")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the caller gets."""
+class Route:
+    """What the document says of a request's path and method."""
 
-    status: int
-    headers: Headers
-    body: bytes
+    operation: Document
+    parameters: Mapping[str, str]
+    """What is in the place of each variable of the path."""
+
+
+UNDEFINED = Route({"security": []}, {})
+"""A path that the document has not, where it lets such through: whoever asks."""
 
 
 class Refused(Exception):
@@ -47,7 +49,7 @@ class Refused(Exception):
 
     def answer(self) -> Answer:
         body = json.dumps({"code": self.status, "message": str(self)}).encode()
-        return Answer(self.status, [("Content-Type", "application/json")], body)
+        return refusal(self.status, "application/json", body)
 
 
 class Gateway:
@@ -55,33 +57,60 @@ class Gateway:
 
     Args:
         document: infra/openapi.yaml with its variables filled in; the backend's address is http://host:port.
+        key: What the tokens of the gateway's own service account are signed with; elsewhere it is Google's.
     """
 
-    def __init__(self, document: Document) -> None:
-        self._document = document
+    def __init__(self, document: Document, key: RSAPrivateKey) -> None:
+        self._document, self._key = document, key
         self._backend = document["x-google-backend"]
         [self._issuer] = document["securityDefinitions"].values()
         self._keys = jwt.PyJWKClient(self._issuer["x-google-jwks_uri"])
 
-    def answer(self, method: str, target: str, headers: Headers, body: bytes) -> Answer:
+    def answer(self, request: Request) -> Answer:
         """Forward one request, or refuse it."""
         try:
-            operation = self._operation(method, urlsplit(target).path)
-            required = operation.get("security", self._document["security"])
-            token = self._checked(dict(headers)) if required else None
-        except Refused as refusal:
-            return refusal.answer()
-        return self._forwarded(method, target, self._passed_on(headers, token), body)
+            route = self._route(request.method, urlsplit(request.target).path)
+            required = route.operation.get("security", self._document["security"])
+            token = self._checked(dict(request.headers)) if required else None
+            target, headers = self._translated(request.target, route), self._headers(request.headers, token)
+            seconds = self._backend["deadline"]
+            return passed_on(
+                replace(request, target=target, headers=headers), self._backend["address"], seconds=seconds
+            )
+        except TimeoutError:
+            return Refused(HTTPStatus.GATEWAY_TIMEOUT, "upstream request timeout").answer()
+        except Refused as refused:
+            return refused.answer()
 
-    def _operation(self, method: str, path: str) -> Document:
+    def _route(self, method: str, path: str) -> Route:
+        try:
+            return self._defined(method, path)
+        except Refused:
+            if self._document["x-google-allow"] == "all":
+                return UNDEFINED
+            raise
+
+    def _defined(self, method: str, path: str) -> Route:
         for template, operations in self._document["paths"].items():
-            pattern = re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(template))
-            if re.fullmatch(pattern, path):
+            found = re.fullmatch(_VARIABLE.sub(r"(?P<\1>[^/]+)", re.escape(template)), path)
+            if found:
                 operation: Document | None = operations.get(method.lower())
                 if operation is None:
                     raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, f"{template} is defined, but not with this method")
-                return operation
+                return Route(operation, found.groupdict())
         raise Refused(HTTPStatus.NOT_FOUND, "the current request is not defined by this API")
+
+    def _translated(self, target: str, route: Route) -> str:
+        """Where the backend is asked: https://cloud.google.com/api-gateway/docs/oasv2-extensions#path_translation."""
+        path: str = urlsplit(self._backend["address"]).path.rstrip("/")
+        match self._backend["path_translation"]:
+            case "APPEND_PATH_TO_ADDRESS":
+                return path + target
+            case "CONSTANT_ADDRESS":
+                query = [part for part in (urlsplit(target).query, urlencode(route.parameters)) if part]
+                return "?".join([path or "/", *(["&".join(query)] if query else [])])
+            case other:
+                raise ValueError(f"path_translation is {other!r}: expected APPEND_PATH_TO_ADDRESS or CONSTANT_ADDRESS")
 
     def _checked(self, headers: dict[str, str]) -> str:
         [place] = self._issuer["x-google-jwt-locations"]
@@ -102,57 +131,26 @@ class Gateway:
             raise Refused(HTTPStatus.UNAUTHORIZED, f"Jwt is not good: {error}") from error
         return token
 
-    def _passed_on(self, headers: Headers, token: str | None) -> Headers:
-        own = {"authorization": f"Bearer {OWN_TOKEN}"}
+    def _headers(self, headers: Headers, token: str | None) -> Headers:
+        own = {"authorization": f"Bearer {self._own_token()}"}
         for name, value in headers:
             if name.lower() == "authorization":
                 own[FORWARDED_HEADER.lower()] = value
         if token is not None:
             # As it stands in the token, without padding. Where none is asked for, a caller's header is left alone.
             own[USERINFO_HEADER.lower()] = token.split(".")[1]
-        kept = [(name, value) for name, value in headers if name.lower() not in own.keys() | _OF_A_CONNECTION]
+        kept = [(name, value) for name, value in headers if name.lower() not in own]
         return kept + list(own.items())
 
-    def _forwarded(self, method: str, target: str, headers: Headers, body: bytes) -> Answer:
-        backend = urlsplit(self._backend["address"])
-        connection = HTTPConnection(str(backend.hostname), backend.port, timeout=self._backend["deadline"])
-        try:
-            connection.putrequest(method, target, skip_accept_encoding=True)
-            for name, value in headers:
-                connection.putheader(name, value)
-            connection.endheaders(body)
-            answer = connection.getresponse()
-            return Answer(answer.status, answer.getheaders(), answer.read())
-        except TimeoutError:
-            return Refused(HTTPStatus.GATEWAY_TIMEOUT, "upstream request timeout").answer()
-        finally:
-            connection.close()
+    def _own_token(self) -> str:
+        """What the backend knows the gateway by."""
+        now = int(time.time())
+        claims = {"iss": OWN_ISSUER, "aud": self._backend["jwt_audience"], "iat": now, "exp": now + _OWN_SECONDS}
+        return jwt.encode(claims, self._key, algorithm="RS256")
 
 
 @contextmanager
-def gateway(document: Document) -> Iterator[str]:
+def gateway(document: Document, key: RSAPrivateKey) -> Iterator[str]:
     """A gateway on a free port; yields its URL."""
-    api = Gateway(document)
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def _handle(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            answer = api.answer(self.command, self.path, list(self.headers.items()), body)
-            self.send_response_only(answer.status)
-            for name, value in answer.headers:
-                if name.lower() not in _OF_A_CONNECTION | {"content-length"}:
-                    self.send_header(name, value)
-            self.send_header("Content-Length", str(len(answer.body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(answer.body)
-
-        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = _handle
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer((HOST, 0), Handler) as server, in_thread(server):
-        yield f"http://{HOST}:{server.server_port}"
+    with answering(Gateway(document, key).answer) as url:
+        yield url

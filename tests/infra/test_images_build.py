@@ -1,6 +1,7 @@
 """Carrying out small Dockerfiles: what Docker would do is done, and what it would refuse is refused."""
 
 import os
+import platform
 import sys
 import time
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.images import main
 from infra.images_build import Build, Image
 from infra.images_context import Context
 from infra.images_dockerfile import DockerfileError
@@ -210,18 +212,39 @@ def here(tmp_path: Path) -> Image:
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
         "PYTHONPATH": str(ROOT),
         "HOME": str(tmp_path),
+        "LOGNAME": "somebody",
     }
     return Image("here", ROOT, environment, tmp_path, str(os.getuid()), ["python", "-m", "exporter"])
 
 
 def test_a_dispatcher_with_torch_in_it_is_refused(here: Image, tmp_path: Path) -> None:
-    with pytest.raises(StepFailed, match="the image holds torch transformers"):
+    with pytest.raises(StepFailed, match=r"the image holds torch transformers .*pip"):
         check_dispatcher(here, Report(tmp_path / "log", seconds=60), ROOT)
 
 
 def test_an_exporter_with_pip_in_it_is_refused(here: Image, tmp_path: Path) -> None:
     with pytest.raises(StepFailed, match="the image holds pip"):
         check_exporter(here, Report(tmp_path / "log", seconds=60), ROOT)
+
+
+def test_an_image_whose_user_has_no_name_is_refused(here: Image, tmp_path: Path) -> None:
+    del here.environment["LOGNAME"]
+    for check in (check_dispatcher, check_exporter):
+        with pytest.raises(StepFailed, match=r"LOGNAME|getpwuid"):
+            check(here, Report(tmp_path / "log", seconds=60), ROOT)
+
+
+def test_a_machine_that_cannot_do_it_is_told_what_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, and not by a step that fails."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert main([]) == 1
+    assert capsys.readouterr().out.startswith("images: root cannot become the images' user: install setpriv")
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    assert main([]) == 1
+    assert capsys.readouterr().out.startswith("images: this is Darwin: run it on Linux")
 
 
 def test_an_image_whose_code_is_elsewhere_is_refused(here: Image, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from infra.images_context import Context
 from infra.images_dockerfile import Dockerfile, Instruction, Stage, assignments, expanded, read, words
 from infra.images_run import SIGNATURES
 from infra.locks import LOCKS, ROOT
+from tests.terraform.running import Resource
 
 DISPATCHER = ROOT / "dispatcher" / "Dockerfile"
 EXPORTER = ROOT / "exporter" / "Dockerfile"
@@ -95,6 +96,41 @@ def test_each_pip_install_has_hashes_but_torchs_and_our_own(path: Path) -> None:
     assert len(installs) > len(without)
 
 
+def dependencies(image: Dockerfile) -> list[str]:
+    """What is run one after the other where the image's environment is installed, as it would be typed."""
+    stage = image.stage("dependencies")
+    assert stage is not None
+    runs = [one.value for one in stage.instructions if one.name == "RUN"]
+    return [re.sub(r'["\s]+', " ", command).strip() for run in runs for command in run.split("&&")]
+
+
+@every_image
+def test_what_was_installed_goes_together(image: Dockerfile) -> None:
+    """Locks are installed without their dependencies being looked at; so pip looks at the whole in the end."""
+    commands = dependencies(image)
+    (check,) = (place for place, one in enumerate(commands) if re.fullmatch(r".*\b(pip|python)\S* check", one))
+    assert check > max(place for place, one in enumerate(commands) if " install " in one or "infra.llama_cpp" in one)
+
+
+@every_image
+def test_there_is_no_pip_in_what_runs(image: Dockerfile) -> None:
+    """Whoever gets in finds nothing to install with; bytecode is compiled of what is left."""
+    commands = dependencies(image)
+    (made,) = (one for one in commands if "-m venv " in one)
+    if "--without-pip" not in made.split():
+        (removed,) = (place for place, one in enumerate(commands) if one == "${VENV}/bin/pip uninstall --yes pip")
+        assert not [one for one in commands[removed + 1 :] if "pip " in one]
+        assert "compileall" in commands[removed + 1]
+
+
+@every_image
+def test_the_user_has_a_name_all_the_same(image: Dockerfile) -> None:
+    """torch asks for it, and no file in the image has one for a number."""
+    assert dict(assignments(last(image, "ENV")))["LOGNAME"] == (
+        "dispatcher" if image is IMAGES["dispatcher"] else "exporter"
+    )
+
+
 def test_the_entry_points_are_those_that_terraform_and_the_runner_count_on() -> None:
     assert words(last(IMAGES["dispatcher"], "ENTRYPOINT")) == ["python", "-m", "functions_framework"]
     assert words(last(IMAGES["gpu"], "ENTRYPOINT")) == ["python", "-m", "exporter"]
@@ -106,6 +142,22 @@ def test_each_function_that_is_served_is_there() -> None:
     environment = dict(assignments(last(IMAGES["dispatcher"], "ENV")))
     assert environment["FUNCTION_SOURCE"] == "${APP}/dispatcher/main.py"
     assert "FUNCTION_TARGET" not in environment
+
+
+def test_a_server_has_a_thread_for_each_request_that_cloud_run_sends_it(plan: list[Resource]) -> None:
+    """More requests would queue in it, unseen by Cloud Run; the sweep is one at a time."""
+    threads = int(dict(assignments(last(IMAGES["dispatcher"], "ENV")))["THREADS"] or 0)
+    functions = [each for each in plan if each.address == "google_cloud_run_v2_service.function"]
+    sent = {each.key: each.values["template"][0]["max_instance_request_concurrency"] for each in functions}
+    assert sent == {"export_api": threads, "start_export": threads, "fail_export": threads, "sweep": 1}
+
+
+def test_each_function_is_tried_as_it_is_deployed(plan: list[Resource]) -> None:
+    """With the signature that Terraform says."""
+    functions = [each for each in plan if each.address == "google_cloud_run_v2_service.function"]
+    containers = [each.values["template"][0]["containers"][0] for each in functions]
+    told = [{one["name"]: one["value"] for one in container["env"]} for container in containers]
+    assert {one["FUNCTION_TARGET"]: one["FUNCTION_SIGNATURE_TYPE"] for one in told} == SIGNATURES
 
 
 @every_image

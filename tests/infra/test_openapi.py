@@ -36,15 +36,9 @@ def rendered(values: Mapping[str, str], file: Path = PLACE) -> Document:
         missing(MissingServerError("terraform: install it from https://developer.hashicorp.com/terraform/install"))
     expression = f"base64encode(templatefile({json.dumps(str(file))}, {json.dumps(dict(values))}))"
     environment = {**os.environ, "CHECKPOINT_DISABLE": "1", "TF_CLI_CONFIG_FILE": os.devnull}
-    # Where there are no .tf files, so that nothing else is read.
+    here = Path(__file__).parent  # where there are no .tf files, so that nothing else is read
     done = subprocess.run(
-        [program, "console"],
-        input=expression,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        env=environment,
-        check=False,
+        [program, "console"], input=expression, capture_output=True, text=True, cwd=here, env=environment, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return read(base64.b64decode(done.stdout.strip().strip('"')).decode())
@@ -131,6 +125,21 @@ def test_the_routes_are_the_contracts(made: Document) -> None:
         parameters += [("body", "body")] if "requestBody" in wanted[route] else []
         assert [(item["in"], item["name"]) for item in operation.get("parameters", [])] == parameters
     assert len(found) == 5
+
+
+def test_the_gateway_lets_through_what_is_listed_and_shows_the_backend_its_own_token(made: Document) -> None:
+    """Under the paths of the contract; to all else it answers itself. No operation has a backend of its own."""
+    extensions = {key: value for key, value in made.items() if key.startswith("x-google-")}
+    assert extensions == {
+        "x-google-allow": "configured",
+        "x-google-backend": {
+            "address": VALUES["backend_url"],
+            "path_translation": "APPEND_PATH_TO_ADDRESS",
+            "jwt_audience": VALUES["backend_url"],
+            "deadline": 60.0,
+        },
+    }
+    assert not [key for found in operations(made).values() for key in found if key.startswith("x-google-")]
 
 
 def test_every_route_but_health_asks_for_a_token(made: Document) -> None:

@@ -1,6 +1,7 @@
 """The contract behind the gateway: what infra/openapi.yaml lets through, and for whom the dispatcher takes the caller.
 
-The gateway is a stand-in that does what the rendered file says; dispatcher and issuer of tokens are real servers.
+The gateway is a stand-in that does what the rendered file says; behind it another does what Cloud Run does with whoever
+invokes a service. Dispatcher and issuer of tokens are real servers.
 """
 
 import base64
@@ -8,11 +9,13 @@ import copy
 import json
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from dispatcher.bearer import FORWARDED_HEADER
 from dispatcher.identity import USERINFO_HEADER
@@ -22,8 +25,11 @@ from infra.swagger import Document
 from tests.dispatcher.issuer import AUDIENCE, EC_KEY, ISSUER, Issuer, published, signed
 from tests.dispatcher.server import served
 from tests.dispatcher.world import World
+from tests.infra.invoking import service
 from tests.infra.test_openapi import rendered
 
+GOOGLES_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+"""What the tokens of service accounts are signed with."""
 FORGED = base64.urlsafe_b64encode(json.dumps({"sub": "ann"}).encode()).decode()
 
 
@@ -53,13 +59,21 @@ def filled_in(issuer: Issuer, backend_url: str) -> Document:
 @pytest.fixture(params=["the gateway alone", "both"])
 def http(request: pytest.FixtureRequest, world: World, issuer: Issuer) -> Iterator[httpx.Client]:
     """A client of the gateway; the dispatcher checks the callers' tokens itself as well, or does not."""
-    checks = issuer.environment() if request.param == "both" else {}
+    with deployed(world, issuer, checks=request.param == "both") as backend_url:
+        document = filled_in(issuer, backend_url)
+        with gateway(document, GOOGLES_KEY) as url, httpx.Client(base_url=url, timeout=30) as client:
+            yield client
+
+
+@contextmanager
+def deployed(world: World, issuer: Issuer, *, checks: bool) -> Iterator[str]:
+    """The dispatcher as a service of Cloud Run's, which only a service account may invoke; yields its URL."""
+    environment = {"GEMMA_EXPORT_HOME": str(world.home), **(issuer.environment() if checks else {})}
     with (
-        served(world, user=None, environ={"GEMMA_EXPORT_HOME": str(world.home), **checks}) as backend,
-        gateway(filled_in(issuer, str(backend.base_url).rstrip("/"))) as url,
-        httpx.Client(base_url=url, timeout=30) as client,
+        served(world, user=None, environ=environment) as container,
+        service(GOOGLES_KEY.public_key(), lambda: str(container.base_url)) as url,
     ):
-        yield client
+        yield url
 
 
 def bearer(user: str = "ann", **changes: Any) -> dict[str, str]:
@@ -142,11 +156,39 @@ def test_what_is_not_in_the_file_ends_at_the_gateway(http: httpx.Client) -> None
         assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/json"), (method, path)
 
 
+def test_the_backend_lets_in_the_gateway_alone(world: World, issuer: Issuer) -> None:
+    """By its own token, which is meant for the backend: not a caller's, and not one that is meant for another."""
+    with deployed(world, issuer, checks=False) as backend_url:
+        for headers in ({}, {USERINFO_HEADER: FORGED}, bearer()):
+            assert httpx.get(f"{backend_url}/health", headers=headers).status_code == 401
+        document = filled_in(issuer, backend_url)
+        document["x-google-backend"]["jwt_audience"] = ISSUER
+        with gateway(document, GOOGLES_KEY) as url:
+            answer = httpx.get(f"{url}/exports", headers=bearer())
+            assert (answer.status_code, answer.text) == (401, "Cloud Run: Audience doesn't match")
+
+
+@pytest.mark.parametrize(
+    ("extension", "path"),
+    [({"x-google-allow": "all"}, "/sweep"), ({"path_translation": "CONSTANT_ADDRESS"}, "/health")],
+)
+def test_a_gateway_that_is_told_otherwise_does_otherwise(
+    world: World, issuer: Issuer, extension: dict[str, str], path: str
+) -> None:
+    """So that the other tests can tell: any path gets to the dispatcher, or every path becomes another one."""
+    with deployed(world, issuer, checks=False) as backend_url:
+        document = filled_in(issuer, backend_url)
+        (document if "x-google-allow" in extension else document["x-google-backend"]).update(extension)
+        with gateway(document, GOOGLES_KEY) as url:
+            answer = httpx.get(f"{url}{path}")
+            assert (answer.status_code, answer.json()["code"]) == (404, "route_not_found")
+
+
 def test_a_backend_that_is_too_slow_is_given_up(issuer: Issuer) -> None:
     """When the file's deadline is over, which here is a shorter one."""
     with socket.create_server((HOST, 0)) as silent:
         document = copy.deepcopy(filled_in(issuer, f"http://{HOST}:{silent.getsockname()[1]}"))
         assert document["x-google-backend"]["deadline"] == 60
         document["x-google-backend"]["deadline"] = 0.2
-        with gateway(document) as url:
+        with gateway(document, GOOGLES_KEY) as url:
             assert httpx.get(f"{url}/health", timeout=30).status_code == 504
