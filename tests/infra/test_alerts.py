@@ -184,7 +184,7 @@ def name_of(policy: Mapping[str, Any]) -> str:
 
 @pytest.mark.parametrize("hourly", [1, 7])
 def test_each_alert_fires_when_it_is_meant_to(deployment: Terraform, hourly: int) -> None:
-    """At a failed export for a passing fault, at so many in an hour for whatever, at a dead letter; and it is mailed."""
+    """At a failed export for a passing fault, at so many in an hour for whatever, at a dead letter; by mail."""
     plan = deployment.plan(
         failed_exports_per_hour=hourly, alert_emails=["a@example.com"], notification_channels=[CHANNEL]
     )

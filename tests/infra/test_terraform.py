@@ -190,6 +190,33 @@ def test_the_lane_without_a_gpu(deployment: Terraform, plan: list[Resource]) -> 
     assert lane["containers"][0]["env"] == usual["containers"][0]["env"]
 
 
+def test_a_larger_gpu_brings_a_newer_driver(deployment: Terraform) -> None:
+    """Which is to be found before what the image brings for an older one."""
+    said = {"gpu_type": "nvidia-rtx-pro-6000", "exporter_cpu": 20, "exporter_memory_gib": 80}
+    (job,) = (each.values for each in deployment.plan(**said) if each.kind == "google_cloud_run_v2_job")
+    (task,) = job["template"][0]["template"]
+    variables = {each["name"]: each["value"] for each in task["containers"][0]["env"]}
+    assert variables["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
+    assert (job["launch_stage"], task["node_selector"]) == ("BETA", [{"accelerator": "nvidia-rtx-pro-6000"}])
+
+
+@pytest.mark.parametrize("tasks", [3, 4])
+def test_as_many_tasks_run_at_once_as_there_may_be_gpus(deployment: Terraform, tasks: int) -> None:
+    """Three, unless more is said; the trigger says how many there are in all."""
+    said = {} if tasks == 3 else {"parallelism": tasks}
+    (job,) = (each.values for each in deployment.plan(**said) if each.kind == "google_cloud_run_v2_job")
+    assert (job["template"][0]["parallelism"], job["template"][0]["task_count"]) == (tasks, 1)
+
+
+def test_every_call_counts_against_the_project() -> None:
+    """A person's own credentials name none, and some APIs refuse such calls."""
+    providers = re.findall(r'^provider "[\w-]+" \{.*?^\}', CONFIGURATION, re.M | re.S)
+    assert len(providers) == 2
+    for text in providers:
+        assert re.search(r"billing_project +=\s+var.project_id", text)
+        assert re.search(r"user_project_override += true", text)
+
+
 def test_the_build_is_told_the_lane(deployment: Terraform) -> None:
     """The image with Unsloth is for the GPU."""
     assert "_VARIANT=gpu" in deployment.outputs()["build"]
@@ -401,6 +428,12 @@ def test_an_alert_waits_for_its_metric(plan: list[Resource]) -> None:
     policies = re.findall(r'^resource "google_monitoring_alert_policy".*?^\}', CONFIGURATION, re.M | re.S)
     assert len(policies) == 2
     assert all("depends_on = [time_sleep.metrics]" in policy for policy in policies)
+
+
+def test_the_gateway_waits_for_its_agents_role() -> None:
+    """In a new project API Gateway's agent has none, and a gateway is refused."""
+    (api,) = re.findall(r'^resource "google_api_gateway_api" .*?^\}', CONFIGURATION, re.M | re.S)
+    assert "google_project_iam_member.gateway_agent" in api
 
 
 def test_the_gateway_is_where_it_is_said_to_be(deployment: Terraform) -> None:

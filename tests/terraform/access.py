@@ -144,8 +144,8 @@ class _Names:
             yield Resource.BUCKET.value if own else f"bucket {values['bucket']}"
             return
         parts = condition.split(" || ")
-        if not own and parts[0] == _LISTED:  # its list, and of its objects those under a prefix
-            del parts[0]
+        if not own and parts.pop(0) != _LISTED:  # and of its objects those under a prefix
+            raise ValueError(f"{values['bucket']} may not be listed: {condition}")
         for part in parts:
             match = _OBJECTS.fullmatch(part)
             if match is None or match[1] != values["bucket"]:
