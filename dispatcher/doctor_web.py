@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from http import HTTPStatus
-from http.client import HTTPException
 
 import httpx
 import jwt
@@ -17,6 +16,7 @@ HUB_URL = "https://huggingface.co"
 _WHO_AM_I = "api/whoami-v2"
 _OFFLINE = Verdict(Outcome.UNKNOWN, "not_asked", "not asked, since HF_HUB_OFFLINE is set: exports do not ask it either")
 _MEND_KEYS = "mend JWT_JWKS_URL"
+_NO_URL = "what is no URL"
 
 
 def hub_group(settings: Settings) -> Group:
@@ -42,9 +42,9 @@ def shown(url: str) -> str:
     try:
         found = httpx.URL(url)
     except httpx.InvalidURL:
-        return "what is no URL"
+        return _NO_URL
     is_web = found.scheme in ("http", "https") and found.host
-    return str(found.copy_with(userinfo=b"")) if is_web else "what is no URL"
+    return str(found.copy_with(userinfo=b"")) if is_web else _NO_URL
 
 
 def _unneeded(probe: Callable[[], Verdict]) -> Callable[[], Verdict]:
@@ -84,18 +84,16 @@ def _token(hub: str, token: str) -> Verdict:
 
 
 def _keys(check: JwtCheck) -> Verdict:
+    where = shown(check.jwks_url)
+    if where == _NO_URL or httpx.URL(check.jwks_url).userinfo:
+        # Nothing is fetched from there, and what PyJWT says of it would repeat the password.
+        message = f"JWT_JWKS_URL is {where}, or has a user in it: expected https://HOST/PATH"
+        return Verdict(Outcome.WRONG, "jwt_keys_unusable", message, _MEND_KEYS)
     try:
         BearerCheck(check)  # which refuses some addresses
         keys = jwt.PyJWKClient(check.jwks_url, timeout=CALL_SECONDS).get_signing_keys()
-    except Misconfigured as error:
-        found = f"JWT_JWKS_URL is {shown(check.jwks_url)}: expected an https URL"
-        return Verdict(Outcome.WRONG, error.error_code, found, _MEND_KEYS)
     except jwt.PyJWKClientConnectionError as error:
         return Verdict(Outcome.MISSING, AWAY, f"the keys cannot be fetched: {error}")
-    except HTTPException as error:
-        # Such as of a user in the address, whose password is in the error's text.
-        found = f"JWT_JWKS_URL is no address to fetch from: {type(error).__name__}"
-        return Verdict(Outcome.WRONG, "jwt_keys_unusable", found, _MEND_KEYS)
     except (jwt.PyJWTError, ValueError, OSError) as error:
         return Verdict(Outcome.WRONG, "jwt_keys_unusable", f"no keys are there: {error}", _MEND_KEYS)
     return FINE if keys else Verdict(Outcome.WRONG, "jwt_keys_unusable", "no keys are there", _MEND_KEYS)
@@ -104,8 +102,8 @@ def _keys(check: JwtCheck) -> Verdict:
 def _whoami(hub: str, headers: dict[str, str] | None = None) -> httpx.Response | Verdict:
     """What is answered to the question who one is, or why nothing is."""
     url = f"{hub}/{_WHO_AM_I}"
-    if shown(hub) == shown(""):
-        # Not told what it is instead: a part of it may be a password.
+    if shown(hub) == _NO_URL:
+        # What it is instead is not told: a part of it may be a password.
         raise Misconfigured("HF_ENDPOINT is no URL: expected https://HOST")
     try:
         return httpx.get(url, headers=headers, timeout=CALL_SECONDS)
