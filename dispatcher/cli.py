@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -220,9 +219,7 @@ def doctor(identities: tuple[str, ...], adapters: tuple[str, ...], *, as_json: b
     from dispatcher.doctor import told
     from dispatcher.settings import Settings
 
-    # HF_ENDPOINT is huggingface_hub's own setting, which the dispatcher has not.
-    hub_url = os.environ.get("HF_ENDPOINT")
-    return told(Settings.from_env(), identities, adapters, hub_url=hub_url, as_json=as_json, say=_say)
+    return told(Settings.from_env(), identities, adapters, as_json=as_json, say=_say)
 
 
 @main.command()

@@ -118,15 +118,8 @@ class CloudRunRunner:
 
 def _clients(emulator: str | None) -> "tuple[run_v2.JobsClient, run_v2.ExecutionsClient]":
     # Here and not above: it takes longer than all the rest of a cold start, and few requests start anything.
-    import grpc
     from google.cloud import run_v2
-    from google.cloud.run_v2.services.executions.transports import ExecutionsGrpcTransport
-    from google.cloud.run_v2.services.jobs.transports import JobsGrpcTransport
 
-    if emulator is None:
-        return run_v2.JobsClient(), run_v2.ExecutionsClient()
-    channel = grpc.insecure_channel(emulator, options=[("grpc.enable_http_proxy", 0)])
-    return (
-        run_v2.JobsClient(transport=JobsGrpcTransport(channel=channel)),
-        run_v2.ExecutionsClient(transport=ExecutionsGrpcTransport(channel=channel)),
-    )
+    from dispatcher.emulated import connected
+
+    return connected(run_v2.JobsClient, emulator), connected(run_v2.ExecutionsClient, emulator)

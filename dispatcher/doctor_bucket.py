@@ -14,16 +14,25 @@ from google.cloud.storage import Client
 
 from dispatcher.artifacts import ArtifactStore, open_artifacts, publish
 from dispatcher.doctor_bucket_facts import bucket_facts, lifecycle, uniform_access
-from dispatcher.doctor_findings import DENIED, FINE, Check, Grant, Group, Outcome, Verdict, Wanted, needing
-from dispatcher.errors import ExportError, Misconfigured, Unavailable
+from dispatcher.doctor_findings import (
+    CALL_SECONDS,
+    CONTENT,
+    FINE,
+    Check,
+    Grant,
+    Group,
+    Outcome,
+    Verdict,
+    Wanted,
+    needing,
+)
+from dispatcher.errors import ExportError, Misconfigured
 from dispatcher.google_errors import translating
 from dispatcher.permissions import Resource
 from dispatcher.published import BASES_ROOT, ROOTS
 
-PATIENCE_SECONDS = 10.0
 FOLDER = "_gemma-export-doctor"
 """No job's id and no base's name begins so, so that nobody takes a probe for an artifact."""
-_CONTENT = b"gemma-export doctor\n"
 _LIST = "storage.objects.list"
 _ROOTS: Mapping[str, Resource] = {
     **dict.fromkeys(ROOTS.values(), Resource.ARTIFACTS),
@@ -31,10 +40,16 @@ _ROOTS: Mapping[str, Resource] = {
 }
 
 
-def bucket_group(bucket: str, wanted: Wanted) -> Group:
-    """The checks of a bucket."""
+def bucket_group(bucket: str, wanted: Wanted, *, patience: float = CALL_SECONDS) -> Group:
+    """The checks of a bucket.
+
+    Args:
+        bucket: Its name.
+        wanted: Whose needs are asked about.
+        patience: Seconds after which Cloud Storage counts as away.
+    """
     on = f"gs://{bucket}"
-    store = cache(lambda: open_artifacts(on, patience=PATIENCE_SECONDS))
+    store = cache(lambda: open_artifacts(on, patience=patience))
 
     @cache
     def client() -> Client:
@@ -63,11 +78,16 @@ def bucket_group(bucket: str, wanted: Wanted) -> Group:
         if client.cache_info().currsize:
             client().close()
 
-    return Group(checks, close)
+    return Group(checks, close, lambda: [probe.uri for probe in probes if probe.may_be_there])
 
 
 class _Probe:
-    """An object under a root, which is there while it is looked at."""
+    """An object under a root, which is there while it is looked at.
+
+    Attributes:
+        uri: Its own.
+        may_be_there: Whether it was written, and not removed yet, as far as is known.
+    """
 
     def __init__(
         self, store: Callable[[], ArtifactStore], client: Callable[[], Client], bucket: str, root: str
@@ -78,7 +98,8 @@ class _Probe:
         self._root = root
         self._path = f"{root}/{FOLDER}/{secrets.token_hex(8)}"
         self._on = f"gs://{bucket}/{root}/"
-        self._is_there = False
+        self.uri = f"gs://{bucket}/{self._path}"
+        self.may_be_there = False
 
     def checks(self, wanted: Wanted) -> list[Check]:
         """What is asked of this root, of which some need nothing, and some no more than to read."""
@@ -91,7 +112,7 @@ class _Probe:
         after = (create.name, "bucket.list") if grant("create") else ("bucket.list",)
         get = Check(f"{self._root}.get", f"read an object under {self._on}", self._get, after=after)
         delete = Check(f"{self._root}.delete", f"remove an object under {self._on}", self._delete, after=after)
-        delete = replace(delete, even_so=lambda: self._is_there)
+        delete = replace(delete, even_so=lambda: self.may_be_there)
         return [
             *needing(create, grant("create")),
             *needing(get, grant("get")),
@@ -100,41 +121,29 @@ class _Probe:
 
     def close(self) -> None:
         """Remove what could not be removed at its time."""
-        if self._is_there:
-            with suppress(ExportError):
+        if self.may_be_there:
+            with suppress(ExportError):  # then it is named among what is left
                 self._delete()
 
     def _create(self) -> Verdict:
-        self._is_there = True  # or may be, where an answer was lost
+        self.may_be_there = True  # even if there is no answer
         try:
-            publish(self._store(), self._path, lambda writer: writer.write(_CONTENT), size=len(_CONTENT))
+            publish(self._store(), self._path, lambda writer: writer.write(CONTENT), size=len(CONTENT))
         except Misconfigured:
-            self._is_there = False
+            self.may_be_there = False
             raise
         return FINE
 
     def _get(self) -> Verdict:
-        uri = self._store().uri(self._path)
-        if not self._is_there:
-            self._store().exists(uri)
-        elif self._store().read(uri) != _CONTENT:
-            return Verdict(Outcome.WRONG, "content_changed", f"{uri} holds something else than was written")
+        if not self.may_be_there:
+            self._store().exists(self.uri)
+        elif self._store().read(self.uri) != CONTENT:
+            return Verdict(Outcome.WRONG, "content_changed", f"{self.uri} holds something else than was written")
         return FINE
 
     def _delete(self) -> Verdict:
         # Not the store's own way, which lists and reads first: it has to go even where these are refused.
-        what = f"gs://{self._bucket}/{self._path}"
-        stays = f"; {what} stays, and has to be removed by hand" if self._is_there else ""
-        try:
-            with translating(what):
-                blob = self._client().bucket(self._bucket).blob(self._path)
-                with suppress(api.NotFound):
-                    blob.delete(timeout=PATIENCE_SECONDS, retry=None)
-        except Misconfigured as error:
-            if error.error_code != DENIED:
-                raise
-            return Verdict(Outcome.MISSING, DENIED, f"{error.message}{stays}")
-        except Unavailable as error:
-            raise Unavailable(f"{error.message}{stays}") from error
-        self._is_there = False
+        with translating(self.uri), suppress(api.NotFound):
+            self._client().bucket(self._bucket).blob(self._path).delete(timeout=CALL_SECONDS, retry=None)
+        self.may_be_there = False
         return FINE

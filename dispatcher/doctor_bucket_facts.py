@@ -4,12 +4,10 @@ from typing import Any
 
 from google.cloud.storage import Client
 
-from dispatcher.doctor_findings import DENIED, FINE, Outcome, Verdict
+from dispatcher.doctor_findings import CALL_SECONDS, DENIED, FINE, Outcome, Verdict
 from dispatcher.errors import Misconfigured
 from dispatcher.google_errors import translating
 from dispatcher.published import ROOTS
-
-CALL_SECONDS = 10.0
 
 
 def bucket_facts(client: Client, bucket: str) -> dict[str, Any] | Verdict:

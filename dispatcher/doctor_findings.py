@@ -9,6 +9,10 @@ from dispatcher.errors import ExportError
 from dispatcher.logs import clean
 from dispatcher.permissions import NEEDS, Identity, Resource
 
+CALL_SECONDS = 10.0
+"""For one call of a probe."""
+CONTENT = b"gemma-export doctor\n"
+"""Of a probe that is a file."""
 MAX_MESSAGE = 600
 """Characters."""
 DENIED, MISSING, AWAY, NO_CREDENTIALS = "permission_denied", "resource_missing", "unavailable", "no_credentials"
@@ -27,9 +31,12 @@ class Outcome(StrEnum):
     """It cannot be told from here, which is no failure."""
 
 
+_CONNECT = "see that connections out are allowed from here, and ask again"
 _REMEDIES: Mapping[str, str] = {
     MISSING: "`terraform apply` in infra/ makes it; or the environment names another than the deployment's",
-    AWAY: "see that connections out are allowed from here, and ask again",
+    AWAY: _CONNECT,
+    "timed_out": _CONNECT,
+    **dict.fromkeys(("check_failed", "content_changed", "precondition_ignored"), "please report it"),
     NO_CREDENTIALS: "gcloud auth application-default login",
 }
 """What to do where a verdict does not say it itself."""
@@ -103,10 +110,12 @@ class Group:
     Attributes:
         checks: In the order in which they are asked and told.
         close: Called at the end, whatever happened.
+        left: The names of what was made to ask, and may be there still.
     """
 
     checks: Sequence[Check]
     close: Callable[[], object] = lambda: None
+    left: Callable[[], Sequence[str]] = lambda: ()
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,7 @@ class Finding:
         if verdict.code == DENIED and grant:
             by_hand = f"a role with {grant.permission} on {grant.on} for {', '.join(grant.identities)}"
             return f"`terraform apply` in infra/ grants it; by hand: {by_hand}"
-        return _REMEDIES.get(verdict.code, "")
+        return _REMEDIES.get(verdict.code, "see what README's troubleshooting and table of settings say of it")
 
 
 @dataclass(frozen=True)

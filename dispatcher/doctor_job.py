@@ -3,21 +3,25 @@
 import secrets
 from collections.abc import Callable
 from functools import cache
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 from google.api_core import exceptions as api
 from google.cloud import run_v2
 
-from dispatcher.doctor_findings import DENIED, FINE, Check, Group, Outcome, Verdict, Wanted, needing
+from dispatcher.doctor_findings import CALL_SECONDS, DENIED, FINE, Check, Group, Outcome, Verdict, Wanted, needing
+from dispatcher.emulated import connected, emulator_of
 from dispatcher.errors import Misconfigured
 from dispatcher.google_errors import translating
 from dispatcher.permissions import Resource
 from dispatcher.runner import open_runner
 from dispatcher.settings import Settings
 
-CALL_SECONDS = 10.0
-_SAME = ("project_id", "records_url", "artifacts_url", "tokens_url", "max_attempts", "lease_seconds")
-"""The settings in which dispatcher and exporter have to agree."""
+_SAME = (
+    *("project_id", "records_url", "artifacts_url", "tokens_url"),
+    *("max_attempts", "lease_seconds", "clock_skew_seconds"),
+)
+"""The settings in which dispatcher and exporter have to agree: all that both go by. How long a token lives is not among
+them, since only who puts it there tells Secret Manager; nor is what collects, or limits callers."""
 
 
 def job_group(settings: Settings, wanted: Wanted) -> Group:
@@ -32,7 +36,7 @@ def job_group(settings: Settings, wanted: Wanted) -> Group:
     @cache
     def client() -> run_v2.JobsClient:
         with translating(job):
-            return _client(*parse_qs(parts.query).get("emulator", []))
+            return connected(run_v2.JobsClient, emulator_of(settings.runner_url))
 
     def cancel() -> Verdict:
         runner().cancel(f"{short_name}-doctor-{secrets.token_hex(4)}")
@@ -65,16 +69,6 @@ def job_group(settings: Settings, wanted: Wanted) -> Group:
             client().transport.close()
 
     return Group(checks, close)
-
-
-def _client(emulator: str | None = None) -> run_v2.JobsClient:
-    if emulator is None:
-        return run_v2.JobsClient()
-    import grpc
-    from google.cloud.run_v2.services.jobs.transports import JobsGrpcTransport
-
-    channel = grpc.insecure_channel(emulator, options=[("grpc.enable_http_proxy", 0)])
-    return run_v2.JobsClient(transport=JobsGrpcTransport(channel=channel))
 
 
 def _may(client: run_v2.JobsClient, job: str, permission: str) -> Verdict:

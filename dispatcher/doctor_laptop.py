@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from dispatcher.artifacts import open_artifacts, path_of, publish
-from dispatcher.doctor_findings import FINE, Check, Group, Outcome, Verdict
+from dispatcher.doctor_findings import CONTENT, FINE, Check, Group, Outcome, Verdict
 from dispatcher.errors import Unavailable
 from dispatcher.records import open_records
 from dispatcher.runner import EXPORTER
@@ -28,7 +28,6 @@ except ExportError as error:
     raise SystemExit(error.message)
 """
 _INSTALL = "install gemma-export[exporter] into this Python, as `make setup` does"
-_CONTENT = b"gemma-export doctor\n"
 
 
 def laptop_group(settings: Settings) -> Group:
@@ -60,7 +59,7 @@ def _writable(probe: Callable[[], object]) -> Callable[[], Verdict]:
 def _publish(directory: Path) -> None:
     with _beside(directory) as place:
         store = open_artifacts(place.as_uri())
-        publish(store, "probe", lambda writer: writer.write(_CONTENT))
+        publish(store, "probe", lambda writer: writer.write(CONTENT))
         store.read(store.uri("probe"))
 
 

@@ -10,13 +10,12 @@ from google.api_core import exceptions as api
 from google.cloud import firestore
 
 from dispatcher.contract import UNFINISHED, State
-from dispatcher.doctor_findings import FINE, Check, Grant, Group, Outcome, Verdict, Wanted, needing
+from dispatcher.doctor_findings import CALL_SECONDS, FINE, Check, Grant, Group, Outcome, Verdict, Wanted, needing
 from dispatcher.errors import ExportError
 from dispatcher.google_errors import translating
 from dispatcher.permissions import Identity, Resource
 from dispatcher.records import RecordStore, open_records
 
-CALL_SECONDS = 5.0
 _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 _LIST = "datastore.entities.list"
 _INDEXED: dict[tuple[str, str], tuple[Identity, Callable[[RecordStore, str], object]]] = {
@@ -66,14 +65,14 @@ def records_group(url: str, wanted: Wanted) -> Group:
     def update() -> Verdict:
         batch = client().batch()
         _update(client(), batch, name)
-        return _refused(batch, on)
+        return _refused(batch, name, on)
 
     def create() -> Verdict:
         batch = client().batch()
         batch.create(client().collection("exports").document(f"{name}-new"), {})
         # It cannot hold, and a commit is all or nothing.
         _update(client(), batch, name)
-        return _refused(batch, on)
+        return _refused(batch, name, on)
 
     def grant(permission: str) -> Grant | None:
         return wanted.grant(Resource.RECORDS, permission, on)
@@ -112,14 +111,16 @@ def _update(client: firestore.Client, batch: firestore.WriteBatch, name: str) ->
     batch.update(client.collection("exports").document(name), {"revision": 0}, option=unchanged)
 
 
-def _refused(batch: firestore.WriteBatch, on: str) -> Verdict:
+def _refused(batch: firestore.WriteBatch, name: str, on: str) -> Verdict:
     """Whether a commit got as far as its preconditions, which IAM comes before."""
     with translating(on):
         try:
             batch.commit(retry=None, timeout=CALL_SECONDS)
         except (api.NotFound, api.FailedPrecondition, api.AlreadyExists):
             return FINE
-    return Verdict(Outcome.WRONG, "precondition_ignored", f"{on} took a write whose precondition does not hold")
+    return Verdict(
+        Outcome.WRONG, "precondition_ignored", f"{on} took a write of exports/{name} whose precondition does not hold"
+    )
 
 
 def _indexed(

@@ -9,18 +9,19 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 from google.api_core import exceptions as api
 from google.cloud import secretmanager
 
-from dispatcher.doctor_findings import FINE, Check, Grant, Group, Verdict, Wanted, needing
+from dispatcher.doctor_findings import CALL_SECONDS, FINE, Check, Grant, Group, Verdict, Wanted, needing
+from dispatcher.emulated import connected, emulator_of
 from dispatcher.google_errors import translating
 from dispatcher.permissions import Resource
 from dispatcher.tokens import open_tokens
 
-CALL_SECONDS = 10.0
 TTL_SECONDS = 300
+"""Of the secret that stays; README and the command's help promise it."""
 _CREATE, _ADD, _UPDATE, _DESTROY, _ACCESS = (
     "secretmanager.secrets.create",
     "secretmanager.versions.add",
@@ -43,7 +44,7 @@ def tokens_group(url: str, wanted: Wanted) -> Group:
     @cache
     def client() -> secretmanager.SecretManagerServiceClient:
         with translating(project):
-            return _client(*parse_qs(parts.query).get("emulator", []))
+            return connected(secretmanager.SecretManagerServiceClient, emulator_of(url))
 
     def absent(method: str, request: Mapping[str, object]) -> Callable[[], Verdict]:
         """Asks for what is not there, which whoever may not is not told."""
@@ -89,18 +90,6 @@ def tokens_group(url: str, wanted: Wanted) -> Group:
             client().transport.close()
 
     return Group(checks, close)
-
-
-def _client(emulator: str | None = None) -> secretmanager.SecretManagerServiceClient:
-    if emulator is None:
-        return secretmanager.SecretManagerServiceClient()
-    import grpc
-    from google.cloud.secretmanager_v1.services.secret_manager_service.transports import (
-        SecretManagerServiceGrpcTransport,
-    )
-
-    channel = grpc.insecure_channel(emulator, options=[("grpc.enable_http_proxy", 0)])
-    return secretmanager.SecretManagerServiceClient(transport=SecretManagerServiceGrpcTransport(channel=channel))
 
 
 def _flow(url: str, export_id: str) -> Verdict:

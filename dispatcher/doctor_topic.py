@@ -6,11 +6,10 @@ from urllib.parse import urlsplit
 from google.api_core import exceptions as api
 from google.cloud import pubsub_v1
 
-from dispatcher.doctor_findings import DENIED, FINE, Check, Group, Outcome, Verdict, Wanted, needing
+from dispatcher.doctor_findings import CALL_SECONDS, DENIED, FINE, Check, Group, Outcome, Verdict, Wanted, needing
 from dispatcher.google_errors import translating
 from dispatcher.permissions import Resource
 
-CALL_SECONDS = 10.0
 _PUBLISH = "pubsub.topics.publish"
 
 

@@ -9,12 +9,11 @@ from contextlib import suppress
 from typing import TypeVar
 
 import google_crc32c
-import grpc
 from google.api_core import exceptions as api
 from google.api_core.retry import Retry, if_exception_type
 from google.cloud import secretmanager
-from google.cloud.secretmanager_v1.services.secret_manager_service.transports import SecretManagerServiceGrpcTransport
 
+from dispatcher.emulated import connected
 from dispatcher.errors import ExportError, Unavailable
 from dispatcher.google_errors import translating
 from dispatcher.tokens import KEPT_TOKENS, token_expired
@@ -62,7 +61,7 @@ class SecretManagerTokens:
         self._ttl = {"seconds": ttl_seconds}
         self._timeout = timeout
         with translating(self._what):
-            self._client = _client(emulator)
+            self._client = connected(secretmanager.SecretManagerServiceClient, emulator)
 
     def put(self, export_id: str, token: str) -> str:
         secret_id = f"gemma-export-{hashlib.sha256(export_id.encode()).hexdigest()}"
@@ -135,10 +134,3 @@ class SecretManagerTokens:
     def _called(self, method: Callable[..., Answer], **request: object) -> Answer:
         retry = Retry(predicate=_PASSING, initial=0.1, maximum=2.0, timeout=self._timeout)
         return method(request=request, retry=retry, timeout=self._timeout)
-
-
-def _client(emulator: str | None) -> secretmanager.SecretManagerServiceClient:
-    if emulator is None:
-        return secretmanager.SecretManagerServiceClient()
-    channel = grpc.insecure_channel(emulator, options=[("grpc.enable_http_proxy", 0)])
-    return secretmanager.SecretManagerServiceClient(transport=SecretManagerServiceGrpcTransport(channel=channel))

@@ -24,6 +24,8 @@ _SCHEMES = {
 }
 """Per port: the embedded scheme, then Google's."""
 _CLOUD_VARIABLES = ("PROJECT_ID", "GCS_EXPORT_BUCKET_NAME", "K_SERVICE", "CLOUD_RUN_JOB")
+_TRUE = ("1", "ON", "YES", "TRUE")
+"""Source: https://github.com/huggingface/huggingface_hub/blob/main/src/huggingface_hub/constants.py"""
 _ENGINES = ("auto", "streaming", "peft", "unsloth")
 
 
@@ -79,6 +81,11 @@ class Settings:
     task_count: int = 1
     task_attempt: int = 0
     hf_token: str | None = field(default=None, repr=False)
+    hf_endpoint: str | None = field(default=None, repr=False)
+    """Where the exporter finds the hub; None is the Hugging Face hub. It may hold a password. The exporter's
+    huggingface_hub reads this and the next itself: here they are for doctor."""
+    hub_offline: bool = False
+    """Whether the exporter asks no hub at all"""
     id_token: str | None = field(default=None, repr=False)
     """What the CLI shows a dispatcher behind a URL."""
     traceparent: str | None = None
@@ -136,6 +143,8 @@ class Settings:
             task_count=tasks,
             task_attempt=_number(env, "CLOUD_RUN_TASK_ATTEMPT", 0, at_least=0),
             hf_token=_token(env),
+            hf_endpoint=env.get("HF_ENDPOINT"),
+            hub_offline=env.get("HF_HUB_OFFLINE", "").upper() in _TRUE,
             id_token=env.get("GEMMA_EXPORT_ID_TOKEN"),
             traceparent=env.get("TRACEPARENT"),
         )
@@ -220,7 +229,7 @@ def _number(env: Mapping[str, str], name: str, default: int, *, at_least: int, a
 def _token(env: Mapping[str, str]) -> str | None:
     text = env.get("HF_TOKEN", "").strip()
     if text and not is_token(text):
-        raise Misconfigured("HF_TOKEN is no token: expected 1 to 512 printable characters without spaces")
+        raise Misconfigured("HF_TOKEN is no token: expected 1 to 512 printable ASCII characters without spaces")
     return text or None
 
 

@@ -5,7 +5,6 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from google.longrunning import operations_pb2
 
 from dispatcher.errors import Unavailable
 from dispatcher.runner import EXPORTER, Execution, ProcessRunner
-from infra.local.rpc import CALLS_AT_ONCE, abort, deny, method
-from infra.local.servers import HOST, STOP_SECONDS
+from infra.local.rpc import abort, deny, method, serving
+from infra.local.servers import STOP_SECONDS
 
 IMAGE_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH")
 """All that a task gets of this process's environment; in the cloud its container image brings these."""
@@ -118,20 +117,13 @@ class LocalCloudRun:
     @contextmanager
     def serving(self) -> Iterator[str]:
         """Listen on a free port and yield `host:port`; at the end, end every execution too."""
-        with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
-            server = grpc.server(pool, options=[("grpc.so_reuseport", 0)])
-            server.add_generic_rpc_handlers(self._services())
-            port = server.add_insecure_port(f"{HOST}:0")
-            server.start()
-            try:
-                yield f"{HOST}:{port}"
-            finally:
-                stopped = server.stop(grace=None)
-                self.gate.set()
-                stopped.wait()
-                # A call may still be starting its process.
-                pool.shutdown()
-                self._processes.end(grace=STOP_SECONDS)
+        try:
+            with serving(*self._services()) as address:
+                yield address
+        finally:
+            # Only now: until the server's threads had ended, a call could still be starting its process.
+            self.gate.set()
+            self._processes.end(grace=STOP_SECONDS)
 
     def _services(self) -> tuple[grpc.GenericRpcHandler, ...]:
         operation = operations_pb2.Operation.SerializeToString

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from google.cloud import firestore, storage
 
-from dispatcher.doctor import RUN_SECONDS, examined, groups
-from dispatcher.doctor_findings import Finding, Outcome, Wanted
+from dispatcher.doctor import groups
+from dispatcher.doctor_examination import END_SECONDS, RUN_SECONDS, Examination
+from dispatcher.doctor_findings import Finding, Group, Outcome, Wanted
 from dispatcher.permissions import Identity
 from dispatcher.settings import Settings
 from infra.local.cloud_run import LocalCloudRun
@@ -52,13 +53,18 @@ class Deployed:
         limit: float = RUN_SECONDS,
     ) -> dict[str, Finding]:
         """What doctor finds, by the names of its checks."""
-        settings = Settings.from_env(self.environment | dict(environment or {}))
-        wanted = Wanted(identities or ALL)
         began = time.monotonic()
-        asked = groups(settings, wanted, hub_url=self.hub.url, adapters=adapters)
-        found = list(examined(asked, limit=limit))
+        asked = groups(self.settings(environment), Wanted(identities or ALL), adapters=adapters)
+        found = examined(asked, limit=limit)
         self.seconds = time.monotonic() - began
-        return {finding.check.name: finding for finding in found}
+        assert all(finding.document()["remedy"] for finding in found if finding.is_fault)
+        named = {finding.check.name: finding for finding in found}
+        assert len(named) == len(found)
+        return named
+
+    def settings(self, environment: Mapping[str, str] | None = None) -> Settings:
+        """The deployment's, or some that differ from them."""
+        return Settings.from_env({**self.environment, "HF_ENDPOINT": self.hub.url, **(environment or {})})
 
     def faults(
         self, *identities: Identity, adapters: tuple[str, ...] = (), environment: Mapping[str, str] | None = None
@@ -77,6 +83,12 @@ class Deployed:
         """The names of all that there is in the bucket."""
         with storage.Client(project="test") as client:
             return [blob.name for blob in client.list_blobs(self.bucket)]
+
+
+def examined(groups: Sequence[Group], *, limit: float = RUN_SECONDS, ending: float = END_SECONDS) -> list[Finding]:
+    """All that is found and said of what is left."""
+    examination = Examination(groups)
+    return [*examination.findings(limit), *examination.end(ending)]
 
 
 def faults_in(findings: dict[str, Finding]) -> dict[str, str]:

@@ -31,6 +31,8 @@ class Iam:
     """The permissions that they lack."""
     checks: bool = True
     """Whether TestIamPermissions of Pub/Sub is answered, as the service does, or not, as the emulator."""
+    lenient: bool = False
+    """Whether commits are done without a look at their preconditions."""
     unindexed: set[tuple[str, ...]] = field(default_factory=set)
     """The fields of queries for which there is no index."""
     address: str = ""
@@ -74,6 +76,8 @@ class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]  # it has no types
             abort(context, grpc.StatusCode.FAILED_PRECONDITION, "The query requires an index.")
 
     def _passed_on(self, method: str, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        if method == f"{FIRESTORE}Commit" and self._iam.lenient:
+            request = _unconditional(request)
         metadata = [(name, value) for name, value in context.invocation_metadata() if not name.startswith(_RESERVED)]
         call: Callable[..., Any] = self._channel.stream_stream(method)
         answers = call(iter([request]), metadata=metadata, timeout=context.time_remaining())
@@ -81,6 +85,14 @@ class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]  # it has no types
             yield from answers
         except grpc.RpcError as error:
             abort(context, error.code(), error.details())
+
+
+def _unconditional(request: bytes) -> bytes:
+    commit = types.CommitRequest.deserialize(request)
+    for write in commit.writes:
+        write.current_document = None
+    changed: bytes = types.CommitRequest.serialize(commit)
+    return changed
 
 
 def _tested(iam: Iam, request: bytes) -> bytes:

@@ -2,22 +2,26 @@
 
 import re
 import secrets
+import time
 from collections.abc import Iterator
 
 import pytest
 from google.auth import compute_engine
+from google.auth.credentials import Credentials
+from google.cloud import secretmanager
+from google.oauth2 import credentials as persons
 
-from dispatcher.doctor import examined
-from dispatcher.doctor_findings import Finding, Wanted
-from dispatcher.doctor_signing import signing_group
+from dispatcher.doctor_findings import Check, Finding, Outcome, Verdict, Wanted
+from dispatcher.doctor_signing import account_at_hand, signing_group
+from dispatcher.emulated import connected, emulator_of
 from dispatcher.gcs_artifacts import GcsArtifacts
 from dispatcher.gcs_signing import UrlSigner
-from dispatcher.permissions import NEEDS, Identity
-from infra.local.hub_state import TOKEN
+from dispatcher.permissions import NEEDS, Identity, Resource
+from infra.local import hub_state
 from tests.buckets import new_bucket
-from tests.dispatcher.deployed import ALL, Deployed, faults_in, unknown_in
+from tests.dispatcher.deployed import ALL, Deployed, examined, faults_in, unknown_in
 from tests.dispatcher.issuer import Issuer, published
-from tests.ports.iam import Iam, Routed, iam
+from tests.ports.iam import MACHINE_ACCOUNT, TOKEN, Iam, Routed, iam
 
 
 @pytest.fixture
@@ -35,10 +39,10 @@ def signing_service() -> Iterator[Iam]:
 def test_a_sound_deployment_lacks_nothing_and_nothing_is_left_in_it(deployment: Deployed, issuer: Issuer) -> None:
     """No document, no object, no execution, no payload; and what an emulator cannot tell is no fault."""
     adapters = (f"gs://{deployment.bucket}/adapters",)
-    findings = deployment.findings(adapters=adapters, environment={"HF_TOKEN": TOKEN, **issuer.environment()})
+    findings = deployment.findings(adapters=adapters, environment={"HF_TOKEN": hub_state.TOKEN, **issuer.environment()})
     assert faults_in(findings) == {}
     assert unknown_in(findings) == {"signing": "emulated"}
-    assert {"hub.token", "jwt.keys", "tokens.flow", "job.settings", "adapters.get"} <= findings.keys()
+    assert {"hub.token", "jwt.keys", "tokens.flow", "job.settings", f"adapters.get:{adapters[0]}"} <= findings.keys()
     assert deployment.documents() == []
     assert deployment.objects() == []
     assert deployment.secrets.payloads() == []
@@ -85,6 +89,20 @@ def test_what_secret_manager_denies_is_said_and_nothing_else(deployment: Deploye
     assert deployment.secrets.payloads() == []
 
 
+@pytest.mark.parametrize("denied", [set(), {"secretmanager.versions.add"}])
+def test_the_secret_that_stays_is_gone_in_five_minutes(deployment: Deployed, denied: set[str]) -> None:
+    """As README and the command's help promise, whether or not a token could be put into it."""
+    deployment.secrets.denied = denied
+    deployment.findings(Identity.DISPATCHER)
+    (secret_id,) = {
+        each.secret_id for each in deployment.secrets.requests if isinstance(each, secretmanager.CreateSecretRequest)
+    }
+    client = connected(secretmanager.SecretManagerServiceClient, emulator_of(deployment.environment["TOKENS_URL"]))
+    secret = client.get_secret(name=f"projects/{deployment.project}/secrets/{secret_id}")
+    client.transport.close()
+    assert 0 < secret.expire_time.timestamp() - time.time() <= 300
+
+
 @pytest.mark.parametrize(
     ("verb", "hidden"),
     [
@@ -101,6 +119,15 @@ def test_what_firestore_denies_is_said_and_what_that_hides(deployment: Deployed,
     assert faults_in(findings) == {f"records.{verb}": "permission_denied"}
     assert hidden <= unknown_in(findings).keys()
     assert deployment.documents() == []
+
+
+def test_a_database_that_takes_what_it_has_to_refuse_is_wrong(deployment: Deployed) -> None:
+    """All compare-and-set stands on preconditions. Only then something is left, and is named."""
+    deployment.records.lenient = True
+    findings = deployment.findings(Identity.DISPATCHER)
+    assert faults_in(findings) == {"records.update": "precondition_ignored"}
+    (left,) = deployment.documents()
+    assert f"exports/{left}" in findings["records.update"].told()
 
 
 @pytest.mark.parametrize("fields", ["user_id.job_id", "user_id.state", "job_id.state", "state.uncollected_since"])
@@ -159,47 +186,95 @@ def test_a_job_that_is_set_up_for_another_deployment_is_wrong(deployment: Deploy
     assert unknown_in(findings) == {"job.settings": "not_readable"}
 
 
-def test_a_token_that_the_hub_refuses_is_said_and_not_shown(deployment: Deployed) -> None:
-    """Nor is a good one, nor the hub asked with one of a deployment that has none."""
-    bad = "hf_badTokenOfNobody"
-    findings = deployment.findings(environment={"HF_TOKEN": bad})
-    assert faults_in(findings) == {"hub.token": "hub_token_refused"}
-    told = "".join(finding.told() + str(finding.document()) for finding in findings.values())
-    assert bad not in told
-    assert TOKEN not in "".join(
-        finding.told() for finding in deployment.findings(environment={"HF_TOKEN": TOKEN}).values()
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("project_id", "project-of-others"),
+        ("records_url", "firestore://project-of-others/(default)"),
+        ("artifacts_url", "gs://bucket-of-others"),
+        ("tokens_url", "secretmanager://project-of-others"),
+        ("max_attempts", "2"),
+        ("lease_seconds", "90"),
+        ("clock_skew_seconds", "60"),
+    ],
+)
+def test_each_setting_that_both_sides_go_by_has_to_be_the_same(deployment: Deployed, name: str, value: str) -> None:
+    """How long a lease is good is reckoned with on both, for one."""
+    found = deployment.findings(Identity.TRIGGER, environment={name.upper(): value})["job.settings"]
+    assert found.verdict.code == "job_differs"
+    assert re.search(rf"\b{name} is .*, and '?{re.escape(value)}'? here", found.verdict.message)
+
+
+def test_settings_that_one_side_goes_by_may_differ(deployment: Deployed) -> None:
+    """A token's life, as only who puts it there tells it, and what concerns callers."""
+    own = {"TOKEN_TTL_SECONDS": "3600", "COLLECT_AFTER_SECONDS": "86400", "MAX_UNFINISHED_PER_USER": "5"}
+    assert deployment.faults(Identity.TRIGGER, environment=own) == {}
+
+
+def signing(credentials: Credentials, server: Iam, account: str | None = None) -> Finding:
+    """IAM's signBlob, spoken to for real."""
+    bucket, request = new_bucket(), Routed(server.url)
+    signer = UrlSigner(account, credentials=credentials, request=request)
+    group = signing_group(
+        lambda: GcsArtifacts(bucket, signer=signer),
+        account,
+        Wanted((Identity.DISPATCHER,)),
+        asking=lambda: account_at_hand(credentials, request=request),
     )
-    assert "hub.token" not in deployment.findings()
-    deployment.hub.broken = True
-    assert deployment.faults(Identity.EXPORTER) == {"hub": "unavailable"}
-    assert deployment.faults(Identity.DISPATCHER) == {}
+    (finding,) = examined([group])
+    return finding
 
 
-def test_an_issuer_that_publishes_no_keys_is_said(deployment: Deployed, issuer: Issuer) -> None:
-    """Or does not answer: no caller could be checked."""
-    environment = issuer.environment()
-    assert deployment.faults(Identity.DISPATCHER, environment=environment) == {}
-    issuer.publish()
-    assert deployment.faults(Identity.DISPATCHER, environment=environment) == {"jwt.keys": "jwt_keys_unusable"}
-    environment["JWT_JWKS_URL"] = "http://127.0.0.1:1/jwks.json"
-    assert deployment.faults(Identity.DISPATCHER, environment=environment) == {"jwt.keys": "unavailable"}
-    assert "jwt.keys" not in deployment.findings(Identity.EXPORTER, environment=environment)
+def machine() -> Credentials:
+    return compute_engine.Credentials(universe_domain="googleapis.com")
 
 
-def test_an_account_that_may_not_sign_is_said(storage_server: str, signing_service: Iam) -> None:
-    """IAM's signBlob, spoken to for real; the signed URL, which opens a file, is not shown."""
-    bucket = new_bucket()
-    credentials = compute_engine.Credentials(universe_domain="googleapis.com")
-    signer = UrlSigner(credentials=credentials, request=Routed(signing_service.url))
-
-    def asked() -> Finding:
-        group = signing_group(lambda: GcsArtifacts(bucket, signer=signer), None, Wanted((Identity.DISPATCHER,)))
-        (finding,) = examined([group])
-        return finding
-
-    assert asked().verdict.code == "ok"
-    assert not re.search("Signature", asked().told())
+@pytest.mark.parametrize("account", [None, MACHINE_ACCOUNT])
+def test_an_account_that_may_not_sign_as_itself_is_said(
+    storage_server: str, signing_service: Iam, account: str | None
+) -> None:
+    """The signed URL, which opens a file, is not shown."""
+    finding = signing(machine(), signing_service, account)
+    assert finding.verdict.code == "ok"
+    assert "Signature" not in finding.told()
     signing_service.refusing = True
-    finding = asked()
+    finding = signing(machine(), signing_service, account)
     assert (finding.verdict.code, finding.is_fault) == ("permission_denied", True)
     assert "iam.serviceAccounts.signBlob" in finding.told()
+
+
+@pytest.mark.parametrize("person", [True, False])
+def test_whether_another_account_may_sign_cannot_be_told_by_who_may_not(
+    storage_server: str, signing_service: Iam, person: bool
+) -> None:
+    """Nobody else needs to be allowed to, not even an owner."""
+    signer = "signer@project.iam.gserviceaccount.com"
+    credentials = persons.Credentials(token=TOKEN) if person else machine()
+    assert signing(credentials, signing_service, signer).verdict.code == "ok"
+    signing_service.refusing = True
+    finding = signing(credentials, signing_service, signer)
+    assert (finding.verdict.outcome, finding.verdict.code) == (Outcome.UNKNOWN, "other_account")
+    assert f"asked by {'a person' if person else MACHINE_ACCOUNT}," in finding.verdict.message
+    assert f"--impersonate-service-account={signer}" in finding.told()
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        ("permission_denied", "terraform apply"),
+        ("resource_missing", "terraform apply"),
+        ("unavailable", "connections out"),
+        ("timed_out", "connections out"),
+        ("no_credentials", "gcloud auth application-default login"),
+        ("check_failed", "report it"),
+        ("content_changed", "report it"),
+        ("precondition_ignored", "report it"),
+        ("call_refused", "README"),
+    ],
+)
+def test_each_fault_comes_with_what_to_do(code: str, remedy: str) -> None:
+    """Where the probe itself does not say it."""
+    check = Check("a", "ask", lambda: verdict, Wanted().grant(Resource.TOPIC, "pubsub.topics.publish", "a topic"))
+    verdict = Verdict(Outcome.MISSING, code, "found")
+    assert remedy in Finding(check, verdict).document()["remedy"]
+    assert f"do: {Finding(check, verdict).document()['remedy']}" in Finding(check, verdict).told()

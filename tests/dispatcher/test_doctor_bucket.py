@@ -5,11 +5,13 @@ from http import HTTPStatus
 
 import pytest
 
-from dispatcher.doctor_bucket import FOLDER
+from dispatcher.doctor_bucket import FOLDER, bucket_group
+from dispatcher.doctor_findings import FINE, Check, Group, Verdict, Wanted
 from dispatcher.permissions import Identity
 from dispatcher.published import BASES_ROOT, ROOTS
+from infra.local.storage import Fault
 from tests.buckets import bucket_named, new_bucket
-from tests.dispatcher.deployed import Deployed, faults_in, unknown_in
+from tests.dispatcher.deployed import Deployed, examined, faults_in, unknown_in
 
 SEVERAL = 50
 """More often than anything is asked."""
@@ -43,8 +45,47 @@ def test_a_probe_that_may_not_be_removed_is_said_to_stay(deployment: Deployed) -
     findings = deployment.findings(Identity.EXPORTER)
     assert faults_in(findings) == {f"{ROOT}.delete": "permission_denied"}
     (left,) = deployment.objects()
-    assert f"gs://{deployment.bucket}/{left} stays" in findings[f"{ROOT}.delete"].document()["message"]
+    assert unknown_in(findings)["left_behind"] == "left_behind"
+    assert f"gs://{deployment.bucket}/{left}" in findings["left_behind"].document()["message"]
     assert left.startswith(f"{ROOT}/{FOLDER}/")
+
+
+def test_a_probe_that_could_not_be_removed_at_its_time_is_removed_at_the_end(deployment: Deployed) -> None:
+    """Then nothing is left to be named."""
+    deployment.storage.fail(HTTPStatus.SERVICE_UNAVAILABLE, "DELETE", f"/o/{ROOT}%2F")
+    findings = deployment.findings(Identity.EXPORTER)
+    assert faults_in(findings) == {f"{ROOT}.delete": "unavailable"}
+    assert "left_behind" not in findings
+    assert deployment.objects() == []
+
+
+def test_a_probe_whose_writing_was_never_answered_is_removed(deployment: Deployed) -> None:
+    """It may be there all the same; and here it is."""
+    part = f"/upload/storage/v1/b/{deployment.bucket}/o"
+    deployment.storage.fail(Fault.ANSWER_LOST, "POST", part)
+    deployment.storage.fail(HTTPStatus.SERVICE_UNAVAILABLE, "POST", part, times=SEVERAL)
+    group = bucket_group(deployment.bucket, Wanted((Identity.SWEEPER,)), patience=1)
+    findings = {finding.check.name: finding for finding in examined([group])}
+    assert faults_in(findings) == {f"{ROOT}.create": "unavailable"}
+    assert findings[f"{ROOT}.delete"].verdict.code == "ok"
+    assert deployment.objects() == []
+
+
+def test_a_probe_that_holds_something_else_than_was_written_is_wrong(deployment: Deployed) -> None:
+    """As where someone else's work replaces what lies there, or a proxy answers from its memory."""
+    group = bucket_group(deployment.bucket, Wanted((Identity.SWEEPER,)))
+
+    def replace() -> Verdict:
+        (name,) = deployment.objects()
+        bucket_named(deployment.bucket).blob(name).upload_from_string("something else")
+        return FINE
+
+    checks = list(group.checks)
+    written = [check.name for check in checks].index(f"{ROOT}.create")
+    checks.insert(written + 1, Check("replaced", "replace it", replace))
+    findings = {finding.check.name: finding for finding in examined([Group(checks, group.close, group.left)])}
+    assert faults_in(findings) == {f"{ROOT}.get": "content_changed"}
+    assert deployment.objects() == []
 
 
 def test_a_probe_is_removed_when_it_cannot_be_looked_at(deployment: Deployed) -> None:
@@ -73,13 +114,15 @@ def test_adapters_that_may_not_be_read_are_said(deployment: Deployed) -> None:
     uri = f"gs://{elsewhere}/adapters"
     assert deployment.faults(Identity.EXPORTER, adapters=(uri,)) == {}
     deployment.storage.fail(HTTPStatus.FORBIDDEN, "GET", "/o/adapters%2Fjob", times=SEVERAL)
-    assert deployment.faults(Identity.EXPORTER, adapters=(uri,)) == {"adapters.get": "permission_denied"}
+    assert deployment.faults(Identity.EXPORTER, adapters=(uri,)) == {f"adapters.get:{uri}": "permission_denied"}
     deployment.storage.heal()
     deployment.storage.fail(HTTPStatus.FORBIDDEN, "GET", f"/b/{elsewhere}/o?", times=SEVERAL)
-    assert deployment.faults(Identity.DISPATCHER, adapters=(uri,)) == {"adapters.list": "permission_denied"}
+    assert deployment.faults(Identity.DISPATCHER, adapters=(uri,)) == {f"adapters.list:{uri}": "permission_denied"}
     deployment.storage.heal()
     nowhere = f"gs://bucket-{secrets.token_hex(6)}/x"
-    assert deployment.faults(Identity.DISPATCHER, adapters=(nowhere,)) == {"adapters.list": "resource_missing"}
+    found = deployment.findings(Identity.DISPATCHER, adapters=(uri, f"{uri}/", nowhere))
+    assert faults_in(found) == {f"adapters.list:{nowhere}": "resource_missing"}
+    assert {f"adapters.{verb}:{place}" for verb in ("list", "get") for place in (uri, nowhere)} <= found.keys()
 
 
 @pytest.mark.parametrize(

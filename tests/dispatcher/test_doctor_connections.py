@@ -2,18 +2,15 @@
 
 import json
 import socket
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from dispatcher.doctor import RUN_SECONDS, examined
-from dispatcher.doctor_findings import FINE, Check, Finding, Group, Outcome, Verdict, summary
+from dispatcher.doctor_examination import RUN_SECONDS
+from dispatcher.doctor_findings import Check, Finding, Outcome, Verdict
 from dispatcher.doctor_records import INDEXES
-from dispatcher.errors import Misconfigured
 from dispatcher.permissions import Identity
 from infra.local.servers import HOST
 from tests.dispatcher.deployed import Deployed, faults_in
@@ -26,10 +23,6 @@ def silent() -> Iterator[str]:
     """A port that takes connections and says nothing."""
     with socket.create_server((HOST, 0), backlog=100) as server:
         yield f"{HOST}:{server.getsockname()[1]}"
-
-
-def codes(findings: list[Finding]) -> list[str]:
-    return [finding.verdict.code for finding in findings]
 
 
 @pytest.mark.parametrize("kind", ["away", "silent"])
@@ -48,7 +41,8 @@ def test_servers_that_do_not_answer_are_each_said_once_within_the_time(
         environment |= {"HF_TOKEN": "hf_token", "JWT_ISSUER": "https://issuer.example.com", "JWT_AUDIENCE": "us"}
         environment |= {"JWT_JWKS_URL": f"http://{address}/keys"}
         findings = deployment.findings(adapters=("gs://bucket-of-adapters",), environment=environment)
-    firsts = ("records.get", "bucket.list", "adapters.list", "topic.publish", "job.run", "tokens.access")
+    adapters = "adapters.list:gs://bucket-of-adapters"
+    firsts = ("records.get", "bucket.list", adapters, "topic.publish", "job.run", "tokens.access")
     assert faults_in(findings) == dict.fromkeys([*firsts, "hub", "jwt.keys"], "unavailable")
     others = {finding.verdict.code for finding in findings.values() if not finding.is_fault}
     assert others == {"not_asked", "emulated"}
@@ -72,45 +66,6 @@ def test_without_credentials_the_way_to_them_is_said(deployment: Deployed, monke
     findings = deployment.findings(Identity.DISPATCHER, environment=environment)
     assert faults_in(findings) == dict.fromkeys(("job.cancel", "tokens.update"), "no_credentials")
     assert "application-default login" in findings["tokens.update"].document()["remedy"]
-
-
-def test_what_never_ends_is_said_to_be_late_and_everything_else_is_told_in_order() -> None:
-    """Even what comes after it, of other groups; of its own, nothing is known."""
-    never = threading.Event()
-    closed = threading.Event()
-
-    def hang() -> Verdict:
-        never.wait(30)
-        return FINE
-
-    stuck = Group([Check("a", "", lambda: FINE), Check("b", "", hang), Check("c", "", lambda: FINE)], closed.set)
-    other = Group([Check("d", "", lambda: FINE)])
-    began = time.monotonic()
-    found = list(examined([stuck, other], limit=0.3))
-    assert time.monotonic() - began < 5
-    assert [finding.check.name for finding in found] == ["a", "b", "c", "d"]
-    assert codes(found) == ["ok", "timed_out", "not_asked", "ok"]
-    assert [finding.is_fault for finding in found] == [False, True, False, False]
-    never.set()
-    assert closed.wait(5)
-
-
-def test_a_probe_that_breaks_never_looks_like_a_sound_deployment_and_ends_nothing() -> None:
-    """A fault of doctor's own is one too, and the connection is closed all the same."""
-
-    def broken() -> Verdict:
-        raise ZeroDivisionError("nothing by nothing")
-
-    def refused() -> Verdict:
-        raise Misconfigured("not with this account", code="permission_denied")
-
-    closed: list[bool] = []
-    checks = [Check("a", "ask", broken), Check("b", "ask", refused), Check("c", "ask", lambda: FINE, requires=("b",))]
-    found = list(examined([Group(checks, lambda: closed.append(True))]))
-    assert codes(found) == ["check_failed", "permission_denied", "not_asked"]
-    assert "nothing by nothing" in found[0].told()
-    assert [finding.is_fault for finding in found] == [True, True, False]
-    assert summary(found) == "0 ok, 1 MISSING, 1 WRONG, 1 cannot tell"
 
 
 def test_nothing_that_looks_like_a_secret_is_told() -> None:

@@ -37,7 +37,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def laptop(tmp_path: Path, hub: Hub) -> Laptop:
-    return Laptop(tmp_path, HF_ENDPOINT=hub.url)
+    return Laptop(tmp_path, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
 
 
 def faults(lines: list[dict[str, Any]]) -> dict[str, str]:
@@ -52,6 +52,26 @@ def test_a_laptop_is_sound_and_nothing_is_made_on_it(laptop: Laptop) -> None:
         *("laptop.artifacts", "laptop.records", "laptop.exporter", "laptop.llama_cpp"),
     }
     assert list(laptop.root.iterdir()) == []
+
+
+def test_a_laptop_is_sound_without_the_hub(laptop: Laptop) -> None:
+    """Whether it is not reached, or meant not to be."""
+    for environment in ({"HF_ENDPOINT": "http://127.0.0.1:1"}, {"HF_HUB_OFFLINE": "1"}):
+        laptop.environment |= environment
+        lines = laptop.lines("doctor")
+        assert faults(lines) == {}
+        assert {line["check"] for line in lines if line["outcome"] == "unknown"} == {"hub"}
+
+
+def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(laptop: Laptop) -> None:
+    """Before anything is asked with it."""
+    token = "hf_tökenOfAnn"
+    done = laptop.run("doctor", "--json", HF_TOKEN=token)
+    assert done.returncode == 1
+    (refusal,) = map(json.loads, done.stdout.splitlines())
+    assert refusal["code"] == "misconfigured"
+    assert "HF_TOKEN is no token: expected 1 to 512 printable ASCII characters" in refusal["detail"]
+    assert token not in done.stdout + done.stderr
 
 
 def test_a_laptop_without_a_place_for_its_state_is_said(laptop: Laptop) -> None:
@@ -122,7 +142,7 @@ def asked(cloud: Cloud, *arguments: str, **environment: str) -> subprocess.Compl
 @pytest.mark.xdist_group("cloud")
 def test_a_whole_deployment_is_sound_and_nothing_is_left_in_it(cloud: Cloud) -> None:
     """As an operator asks, and as a program reads it."""
-    arguments = ("--adapters", f"gs://{BUCKET}/adapters")
+    arguments = ("--adapters", f"gs://{BUCKET}/adapters", "--adapters", f"gs://{BUCKET}/more")
     done = asked(cloud, *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1].endswith("0 MISSING, 0 WRONG, 2 cannot tell")
