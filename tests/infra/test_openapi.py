@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,10 @@ def rendered(values: Mapping[str, str], file: Path = PLACE) -> Document:
         missing(MissingServerError("terraform: install it from https://developer.hashicorp.com/terraform/install"))
     expression = f"base64encode(templatefile({json.dumps(str(file))}, {json.dumps(dict(values))}))"
     environment = {**os.environ, "CHECKPOINT_DISABLE": "1", "TF_CLI_CONFIG_FILE": os.devnull}
-    here = Path(__file__).parent  # where there are no .tf files, so that nothing else is read
-    done = subprocess.run(
-        [program, "console"], input=expression, capture_output=True, text=True, cwd=here, env=environment, check=False
-    )
+    # A directory of its own: Terraform would read what configuration there is, and locks its state.
+    with tempfile.TemporaryDirectory() as empty:
+        command, how = [program, "console"], {"cwd": empty, "env": environment}
+        done = subprocess.run(command, **how, input=expression, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return read(base64.b64decode(done.stdout.strip().strip('"')).decode())
 
