@@ -39,8 +39,15 @@ def rendered(values: Mapping[str, str], file: Path = PLACE) -> Document:
     environment = {**os.environ, "CHECKPOINT_DISABLE": "1", "TF_CLI_CONFIG_FILE": os.devnull}
     # A directory of its own: Terraform would read what configuration there is, and locks its state.
     with tempfile.TemporaryDirectory() as empty:
-        command, how = [program, "console"], {"cwd": empty, "env": environment}
-        done = subprocess.run(command, **how, input=expression, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [program, "console"],
+            cwd=empty,
+            env=environment,
+            input=expression,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     return read(base64.b64decode(done.stdout.strip().strip('"')).decode())
 
