@@ -113,7 +113,7 @@ def _verdict(check: Check) -> Verdict:
         return check.probe()
     except ExportError as error:
         return verdict_of(error)
-    except Exception as error:  # noqa: BLE001  # the entry point of a thread: the other checks are still to be asked
+    except BaseException as error:  # noqa: BLE001  # a thread's own end: a panic of a Rust library is no Exception
         return Verdict(Outcome.WRONG, "check_failed", f"a fault of doctor's own: {type(error).__name__}: {error}")
 
 

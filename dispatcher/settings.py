@@ -144,7 +144,7 @@ class Settings:
             task_attempt=_number(env, "CLOUD_RUN_TASK_ATTEMPT", 0, at_least=0),
             hf_token=_token(env),
             hf_endpoint=env.get("HF_ENDPOINT"),
-            hub_offline=env.get("HF_HUB_OFFLINE", "").upper() in _TRUE,
+            hub_offline=(env.get("HF_HUB_OFFLINE") or env.get("TRANSFORMERS_OFFLINE", "")).upper() in _TRUE,
             id_token=env.get("GEMMA_EXPORT_ID_TOKEN"),
             traceparent=env.get("TRACEPARENT"),
         )

@@ -95,12 +95,12 @@ locals {
   }
 
   # gs://BUCKET/PREFIX, each for whoever reads adapters.
-  adapter_places = [
+  adapter_places = distinct([
     for source in var.adapter_sources : {
       bucket = split("/", source)[2]
       prefix = trimsuffix(join("/", slice(split("/", source), 3, length(split("/", source)))), "/")
     }
-  ]
+  ])
 
   adapter_access = {
     for pair in setproduct(["dispatcher", "exporter"], local.adapter_places) :
@@ -150,7 +150,7 @@ resource "google_storage_bucket_iam_member" "own_adapters" {
 resource "google_storage_bucket_iam_member" "adapters" {
   for_each = local.adapter_access
 
-  bucket = each.value.bucket
+  bucket = each.value.bucket == local.bucket ? google_storage_bucket.artifacts.name : each.value.bucket
   role   = "roles/storage.objectViewer"
   member = google_service_account.runtime[each.value.account].member
 
@@ -234,20 +234,31 @@ resource "google_project_service_identity" "pubsub" {
   depends_on = [google_project_service.used]
 }
 
+locals {
+  # By its name: of some services the resource that makes the account does not tell it.
+  pubsub_agent = "serviceAccount:service-${data.google_project.this.number}@gcp-sa-pubsub.iam.gserviceaccount.com"
+}
+
 resource "google_pubsub_topic_iam_member" "dead_letters" {
   topic  = google_pubsub_topic.dead_letters.name
   role   = "roles/pubsub.publisher"
-  member = google_project_service_identity.pubsub.member
+  member = local.pubsub_agent
+
+  depends_on = [google_project_service_identity.pubsub]
 }
 
 resource "google_pubsub_subscription_iam_member" "dead_letters" {
   subscription = google_pubsub_subscription.start.name
   role         = "roles/pubsub.subscriber"
-  member       = google_project_service_identity.pubsub.member
+  member       = local.pubsub_agent
+
+  depends_on = [google_project_service_identity.pubsub]
 }
 
 resource "google_service_account_iam_member" "push_tokens" {
   service_account_id = google_service_account.invoker["push"].name
   role               = "roles/iam.serviceAccountOpenIdTokenCreator"
-  member             = google_project_service_identity.pubsub.member
+  member             = local.pubsub_agent
+
+  depends_on = [google_project_service_identity.pubsub]
 }

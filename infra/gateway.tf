@@ -11,7 +11,10 @@ resource "google_project_service_identity" "gateway" {
 resource "google_project_iam_member" "gateway_agent" {
   project = var.project_id
   role    = "roles/apigateway.serviceAgent"
-  member  = google_project_service_identity.gateway.member
+  # By its name: of some services the resource that makes the account does not tell it.
+  member = "serviceAccount:service-${data.google_project.this.number}@gcp-sa-apigateway.iam.gserviceaccount.com"
+
+  depends_on = [google_project_service_identity.gateway]
 }
 
 resource "google_api_gateway_api" "exports" {

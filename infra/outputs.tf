@@ -46,7 +46,8 @@ output "build" {
 output "doctor" {
   description = "Asks whether all of it is there, with the credentials at hand; `--as exporter` and the like come after it."
   value = join(" ", concat(
-    ["env"],
+    # Without the caller's own: they are of another machine's exporter.
+    ["env -u HF_ENDPOINT -u HF_HUB_OFFLINE -u TRANSFORMERS_OFFLINE -u HF_TOKEN"],
     [for name, value in merge(local.function_settings, local.exporter_settings) : "${name}='${replace(tostring(value), "'", "'\\''")}'"],
     ["gemma-export doctor"],
     [for source in concat(["gs://${local.bucket}/adapters"], var.adapter_sources) : "--adapters '${replace(source, "'", "'\\''")}'"],

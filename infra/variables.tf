@@ -153,6 +153,11 @@ variable "exporter_cpu" {
   }
 
   validation {
+    condition     = var.exporter_cpu <= 8 || (var.gpu && var.gpu_type == "nvidia-rtx-pro-6000")
+    error_message = "A task has at most 8 CPUs, unless it has an nvidia-rtx-pro-6000."
+  }
+
+  validation {
     condition     = !var.gpu || var.exporter_cpu >= (var.gpu_type == "nvidia-l4" ? 4 : 20)
     error_message = "With an nvidia-l4 a task has at least 4 CPUs, with an nvidia-rtx-pro-6000 at least 20."
   }

@@ -71,7 +71,7 @@ class Gateway:
         try:
             route = self._route(request.method, urlsplit(request.target).path)
             required = route.operation.get("security", self._document["security"])
-            token = self._checked(dict(request.headers)) if required else None
+            token = self._checked({name.lower(): value for name, value in request.headers}) if required else None
             target, headers = self._translated(request.target, route), self._headers(request.headers, token)
             seconds = self._backend["deadline"]
             return passed_on(
@@ -114,7 +114,7 @@ class Gateway:
 
     def _checked(self, headers: dict[str, str]) -> str:
         [place] = self._issuer["x-google-jwt-locations"]
-        value, prefix = headers.get(place["header"], ""), place["value_prefix"]
+        value, prefix = headers.get(place["header"].lower(), ""), place["value_prefix"]
         if not value.startswith(prefix):
             raise Refused(HTTPStatus.UNAUTHORIZED, "Jwt is missing")
         token = value.removeprefix(prefix)

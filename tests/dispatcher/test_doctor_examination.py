@@ -50,11 +50,16 @@ def test_what_never_ends_is_said_to_be_late_and_everything_else_is_told_in_order
     assert closed.wait(5)
 
 
-def test_a_probe_that_breaks_never_looks_like_a_sound_deployment_and_ends_nothing() -> None:
+class Panic(BaseException):
+    """What a library that is written in Rust raises when it gives up: no Exception."""
+
+
+@pytest.mark.parametrize("fault", [ZeroDivisionError, Panic])
+def test_a_probe_that_breaks_never_looks_like_a_sound_deployment_and_ends_nothing(fault: type[BaseException]) -> None:
     """A fault of doctor's own is one too, and the connection is closed all the same."""
 
     def broken() -> Verdict:
-        raise ZeroDivisionError("nothing by nothing")
+        raise fault("nothing by nothing")
 
     def refused() -> Verdict:
         raise Misconfigured("not with this account", code="permission_denied")

@@ -86,10 +86,13 @@ def test_a_laptop_needs_no_hub(deployment: Deployed) -> None:
     assert deployment.faults(Identity.EXPORTER) == {"hub": "unavailable"}
 
 
-@pytest.mark.parametrize("value", ["1", "true", "ON"])
-def test_a_hub_that_exports_do_not_ask_is_not_asked(deployment: Deployed, value: str) -> None:
-    """As huggingface_hub understands HF_HUB_OFFLINE; nor is a token shown to it."""
-    offline = {"HF_HUB_OFFLINE": value, "HF_TOKEN": "hf_badTokenOfNobody"}
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("HF_HUB_OFFLINE", "1"), ("HF_HUB_OFFLINE", "true"), ("HF_HUB_OFFLINE", "ON"), ("TRANSFORMERS_OFFLINE", "1")],
+)
+def test_a_hub_that_exports_do_not_ask_is_not_asked(deployment: Deployed, name: str, value: str) -> None:
+    """As huggingface_hub understands these variables; nor is a token shown to it."""
+    offline = {name: value, "HF_TOKEN": "hf_badTokenOfNobody"}
     findings = deployment.findings(Identity.EXPORTER, environment=offline)
     assert faults_in(findings) == {}
     assert unknown_in(findings)["hub"] == "not_asked"

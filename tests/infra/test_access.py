@@ -96,6 +96,13 @@ def test_adapters_elsewhere_may_be_read_where_they_are_said_to_be(
     }
 
 
+def test_a_place_that_is_said_twice_is_granted_once(deployment: Terraform) -> None:
+    """With a slash at its end, and without."""
+    assert grants(deployment.plan(adapter_sources=["gs://training/runs", "gs://training/runs/"])) == grants(
+        deployment.plan(adapter_sources=["gs://training/runs"])
+    )
+
+
 def test_the_deployments_own_token_is_for_the_exporter_alone(deployment: Terraform) -> None:
     """And is in the job's environment by reference."""
     plan = deployment.plan(hf_token_secret="hub-token")

@@ -116,7 +116,8 @@ def test_without_a_good_token_nothing_gets_to_the_dispatcher(http: httpx.Client)
         for method, path in (("GET", "/exports"), ("POST", "/export"), ("POST", "/exports/job.merged/cancel")):
             answer = http.request(method, path, headers=headers)
             assert (answer.status_code, answer.json()["code"]) == (401, 401), headers
-    assert http.get("/exports", headers={"Authorization": good}).status_code == 200
+    for name in ("Authorization", "authorization"):
+        assert http.get("/exports", headers={name: good}).status_code == 200
 
 
 def test_a_token_in_the_query_is_none(http: httpx.Client) -> None:

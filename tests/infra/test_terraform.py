@@ -51,7 +51,7 @@ BAD: dict[str, list[Any]] = {
     "firestore_database": ["(other)", "Ex"],
     "firestore_location": ["US"],
     "gpu_type": ["nvidia-h100"],
-    "exporter_cpu": [3, 2],
+    "exporter_cpu": [3, 2, 20],
     "exporter_memory_gib": [15.5, 8, 64],
     "memory_budget_mib": [32, 15 * 1024],
     "task_timeout_seconds": [60, 7200, 100_000, 600.5],
@@ -457,9 +457,12 @@ def test_the_command_of_doctor_is_told_all_settings(deployment: Terraform) -> No
     source = "gs://training/o'brien; x"
     words = shlex.split(deployment.outputs(**said, adapter_sources=[source])["doctor"])
     end = words.index("gemma-export")
-    environment = dict(word.split("=", 1) for word in words[1:end])
+    unset = ["HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"]
+    cleared = [word for name in unset for word in ("-u", name)]
+    assert words[: 1 + len(cleared)] == ["env", *cleared]
+    environment = dict(word.split("=", 1) for word in words[1 + len(cleared) : end])
     places = ["--adapters", "gs://some-project-gemma-export/adapters", "--adapters", source]
-    assert (words[0], words[end:]) == ("env", ["gemma-export", "doctor", *places])
+    assert words[end:] == ["gemma-export", "doctor", *places]
     given = environments(deployment.plan(**said))
     expected = {**given["job"], **given["export_api"]}
     assert environment == {name: value for name, value in expected.items() if not name.startswith("FUNCTION_")}
