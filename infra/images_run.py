@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from infra.functions import SIGNATURES
 from infra.images_build import Image
 from infra.images_report import Report, StepFailed
 from infra.local import servers
 
 HEAVY = ("torch", "transformers", "safetensors", "peft", "numpy", "exporter")
 """Nothing of the exporter's may be in the dispatcher's image."""
-SIGNATURES = {"export_api": "http", "start_export": "cloudevent", "fail_export": "cloudevent", "sweep": "http"}
 _PUSH = "/projects/local-project/topics/gemma-export"
 """functions-framework knows a raw push of Pub/Sub's by this form of the path."""
 _SECONDS = 60

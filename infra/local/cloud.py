@@ -14,6 +14,7 @@ from google.cloud import storage
 from dispatcher import main
 from dispatcher.identity import USERINFO_HEADER
 from dispatcher.runner import EXPORTER
+from infra.functions import SIGNATURES
 from infra.local import servers
 from infra.local.cloud_run import LocalCloudRun
 from infra.local.secret_manager import LocalSecretManager
@@ -23,7 +24,7 @@ from infra.local.topics import pushed, topic
 PROJECT, REGION, JOB, BUCKET = "local-project", "local-region", "gemma-exporter", "local-bucket"
 TOPIC = "gemma-export"
 DEAD_LETTERS = f"{TOPIC}-dead-letters"
-_SIGNATURES = {"export_api": "http", "start_export": "cloudevent", "fail_export": "cloudevent"}
+_SERVED = ("export_api", "start_export", "fail_export")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def local_cloud(
 
         stack.enter_context(topic(PROJECT, TOPIC))
         dead_letters = stack.enter_context(topic(PROJECT, DEAD_LETTERS))
-        functions = {target: stack.enter_context(_function(target, environment, logs)) for target in _SIGNATURES}
+        functions = {target: stack.enter_context(_function(target, environment, logs)) for target in _SERVED}
         starting = push_endpoint(functions["start_export"], TOPIC)
         failing = push_endpoint(functions["fail_export"], DEAD_LETTERS)
         subscription = stack.enter_context(
@@ -116,13 +117,13 @@ def local_cloud(
 @contextmanager
 def _function(target: str, environment: Mapping[str, str], logs: Path) -> Iterator[Function]:
     """One of the dispatcher's functions, served as Cloud Run functions does."""
-    source = ["--source", str(Path(main.__file__)), "--target", target, "--signature-type", _SIGNATURES[target]]
+    source = ["--source", str(Path(main.__file__)), "--target", target, "--signature-type", SIGNATURES[target]]
 
     def command(port: int) -> list[str]:
         where = ["--host", servers.HOST, "--port", str(port)]
         return [sys.executable, "-m", "functions_framework", *source, *where]
 
-    path = "/health" if _SIGNATURES[target] == "http" else "/"
+    path = "/health" if SIGNATURES[target] == "http" else "/"
     log = logs / f"{target}.log"
     with servers.running(f"the function {target}", command, path=path, environment=environment, log=log) as server:
         yield Function(f"http://{servers.HOST}:{server.port}", server.pid)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from dispatcher import main
+from infra.functions import SIGNATURES
 from infra.images_context import Context
 from infra.images_dockerfile import Dockerfile, Instruction, Stage, assignments, expanded, read, words
-from infra.images_run import SIGNATURES
 from infra.locks import LOCKS, ROOT
 from tests.terraform.running import Resource
 

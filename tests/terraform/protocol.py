@@ -1,4 +1,4 @@
-"""The messages of Terraform's plugin protocol, version 6, as far as a provider needs them that only plans.
+"""The messages of Terraform's plugin protocol, version 6, as far as a provider needs them that is only asked to plan.
 
 Source: https://developer.hashicorp.com/terraform/plugin/terraform-plugin-protocol, file tfplugin6.proto. Messages are
 described here and not compiled, since the compiler would be one more thing to install.
@@ -14,8 +14,7 @@ _SCALARS = {"bytes": 12, "string": 9, "bool": 8, "int64": 3, "enum": 5}
 """Enumerations are sent as the numbers that they are: on the wire there is no difference."""
 
 _SHAPES: Mapping[str, Mapping[str, tuple[int, str]]] = {
-    "DynamicValue": {"msgpack": (1, "bytes"), "json": (2, "bytes")},
-    "Diagnostic": {"severity": (1, "enum"), "summary": (2, "string"), "detail": (3, "string")},
+    "DynamicValue": {"msgpack": (1, "bytes")},
     "Attribute": {
         "name": (1, "string"),
         "type": (2, "bytes"),
@@ -39,41 +38,22 @@ _SHAPES: Mapping[str, Mapping[str, tuple[int, str]]] = {
         "resource_schemas": (2, "NamedSchema*"),
         "data_source_schemas": (3, "NamedSchema*"),
     },
-    "Diagnosed": {"diagnostics": (1, "Diagnostic*")},
-    "ProviderValidated": {"diagnostics": (2, "Diagnostic*")},
-    "Configured": {"terraform_version": (1, "string"), "config": (2, "DynamicValue")},
+    "Configured": {"config": (2, "DynamicValue")},
     "Named": {"type_name": (1, "string"), "config": (2, "DynamicValue")},
-    "RawState": {"json": (1, "bytes")},
-    "Upgrade": {"type_name": (1, "string"), "version": (2, "int64"), "raw_state": (3, "RawState")},
-    "Value": {"value": (1, "DynamicValue"), "diagnostics": (2, "Diagnostic*")},
-    "Read": {"type_name": (1, "string"), "current_state": (2, "DynamicValue")},
-    "Plan": {
-        "type_name": (1, "string"),
-        "prior_state": (2, "DynamicValue"),
-        "proposed_new_state": (3, "DynamicValue"),
-        "config": (4, "DynamicValue"),
-    },
-    "Apply": {
-        "type_name": (1, "string"),
-        "prior_state": (2, "DynamicValue"),
-        "planned_state": (3, "DynamicValue"),
-        "config": (4, "DynamicValue"),
-    },
+    "Plan": {"type_name": (1, "string"), "proposed_new_state": (3, "DynamicValue")},
+    "Value": {"value": (1, "DynamicValue")},
 }
 METHODS = {
     "GetProviderSchema": ("Empty", "SchemaResponse"),
-    "ValidateProviderConfig": ("Empty", "ProviderValidated"),
-    "ConfigureProvider": ("Configured", "Diagnosed"),
-    "ValidateResourceConfig": ("Named", "Diagnosed"),
-    "ValidateDataResourceConfig": ("Named", "Diagnosed"),
-    "UpgradeResourceState": ("Upgrade", "Value"),
-    "ReadResource": ("Read", "Value"),
+    "ValidateProviderConfig": ("Empty", "Empty"),
+    "ConfigureProvider": ("Configured", "Empty"),
+    "ValidateResourceConfig": ("Named", "Empty"),
+    "ValidateDataResourceConfig": ("Named", "Empty"),
     "PlanResourceChange": ("Plan", "Value"),
-    "ApplyResourceChange": ("Apply", "Value"),
     "ReadDataSource": ("Named", "Value"),
     "StopProvider": ("Empty", "Empty"),
 }
-"""What each is asked with and answers with; messages of one shape share a name here."""
+"""What each is asked with and answers with, in so far as it is looked at; messages of one shape share a name here."""
 
 
 def _messages() -> dict[str, Any]:

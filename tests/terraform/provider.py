@@ -40,10 +40,7 @@ class StandIn:
         answers: dict[str, Callable[[Any], Any]] = {
             "GetProviderSchema": self._schemas,
             "ConfigureProvider": self._configure,
-            "UpgradeResourceState": lambda request: _value(json.loads(request.raw_state.json)),
-            "ReadResource": lambda request: MESSAGES["Value"](value=request.current_state),
-            "PlanResourceChange": lambda request: self._planned(request.type_name, request.proposed_new_state),
-            "ApplyResourceChange": lambda request: MESSAGES["Value"](value=request.planned_state),
+            "PlanResourceChange": self._planned,
             "ReadDataSource": self._read,
         }
         handlers = {}
@@ -70,13 +67,11 @@ class StandIn:
 
     def _configure(self, request: Any) -> Any:
         self._project = _read_value(request.config).get("project", "")
-        return MESSAGES["Diagnosed"]()
+        return MESSAGES["Empty"]()
 
-    def _planned(self, kind: str, proposed: Any) -> Any:
-        state = _read_value(proposed)
-        if state is None:  # to be destroyed
-            return MESSAGES["Value"](value=proposed)
-        known = self._known(kind, state)
+    def _planned(self, request: Any) -> Any:
+        state = _read_value(request.proposed_new_state)
+        known = self._known(request.type_name, state)
         return _value({name: known.get(name) if value is None else value for name, value in state.items()})
 
     def _read(self, request: Any) -> Any:
@@ -87,7 +82,6 @@ class StandIn:
         """What Google would answer, as far as the deployment refers to it."""
         project, name = self._project, state.get("name")
         account = f"{state.get('account_id')}@{project}.iam.gserviceaccount.com"
-        agent = f"service-{PROJECT_NUMBER}@gcp-sa-{str(state.get('service')).partition('.')[0]}.iam.gserviceaccount.com"
         role = f"projects/{project}/roles/{state.get('role_id')}"
         by_kind: dict[str, Value] = {
             "google_service_account": {
@@ -95,7 +89,6 @@ class StandIn:
                 "email": account,
                 "member": f"serviceAccount:{account}",
             },
-            "google_project_service_identity": {"email": agent, "member": f"serviceAccount:{agent}"},
             "google_project_iam_custom_role": {"id": role, "name": role},
             "google_pubsub_topic": {"id": f"projects/{project}/topics/{name}"},
             "google_cloud_run_v2_service": {"uri": f"https://{name}-hash-uc.a.run.app"},
